@@ -1,0 +1,89 @@
+"""The `glm` command: one job per word, and only the chosen job is imported."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from entrypoints import logs
+from entrypoints.errors import UserError
+from entrypoints.settings import LOG_FORMATS, LOG_LEVELS, Settings
+
+JOBS = {
+    "download": "fetch a ChatGLM3 checkpoint from a hub or a mirror",
+    "convert": "turn the original layout into one that plain transformers loads, and back",
+    "verify": "check every file of a checkpoint against its manifest",
+    "data": "check or split training data",
+    "train": "fine-tune all parameters on prompt/response rows",
+    "evaluate": "generate answers and score them with BLEU-4 and ROUGE",
+    "chat": "talk to a model in the terminal",
+    "demo": "make, convert, tune, score and talk to a toy model",
+    "doctor": "show what this machine offers and what is missing",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one job; returns its exit code: 0 done, 1 a user's mistake, 2 wrong usage, 130 interrupted.
+
+    Raises whatever a defect raises; a user's mistake only with --debug.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    argv = [_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
+    debug = "--debug" in argv
+    try:
+        job, args = _parse(argv)
+        settings = Settings.from_env(os.environ)
+        logs.set_up(args.log_format or settings.log_format, args.log_level or settings.log_level, settings.secrets())
+        return job.run(args, settings) or 0
+    except UserError as error:
+        if debug:
+            raise
+        print(f"glm: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("glm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parse(argv: list[str]) -> tuple:
+    table = "\n".join(f"  {name:10} {line}" for name, line in JOBS.items())
+    top = argparse.ArgumentParser(
+        prog="glm",
+        usage="glm JOB [flags]",
+        description="Build, tune and run a private large model on ChatGLM3-6B.",
+        epilog=f"jobs:\n{table}\n\n`glm JOB --help` shows the flags of a job.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("job", choices=JOBS, metavar="JOB", help="one of the jobs below")
+    name = top.parse_args(argv[:1]).job
+    job = importlib.import_module(f"entrypoints.jobs.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"glm {name}", description=job.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--log-format", choices=LOG_FORMATS, help="overrides LOG_FORMAT")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, help="overrides LOG_LEVEL")
+    job.add_arguments(parser)
+    return job, parser.parse_args(argv[1:])
+
+
+def _dashes(word: str) -> str:
+    """`--train_file=x_y` and `--train-file=x_y` are the same flag; only the name is touched."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM unwinds the stack, so that what was half written is removed."""
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""The one exception that stands for a user's mistake."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend: `problem` names the file, line, field or flag; `remedy` says what to do.
+
+    The command line prints it as one line and exits 1; anything else that is raised is a defect of ours.
+    """
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}; {remedy}")
+        self.problem = problem
+        self.remedy = remedy
