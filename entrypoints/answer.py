@@ -22,10 +22,11 @@ class PieceCodec(Protocol):
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call the model asked for; `arguments` hold Python literals."""
+    """A call the model asked for; `arguments` hold Python literals, `source` the text the model wrote."""
 
     name: str
     arguments: dict
+    source: str = ""
 
 
 @dataclass
@@ -163,7 +164,7 @@ def parse_tool_call(name: str, body: str) -> ToolCall | None:
             return None
         if call.args or any(keyword.arg is None for keyword in call.keywords):
             return None
-        return ToolCall(name, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords})
+        return ToolCall(name, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}, body)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return None
 

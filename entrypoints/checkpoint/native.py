@@ -1,0 +1,97 @@
+"""The native folder: what plain transformers loads, and how it is opened with every check that costs no reading."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from entrypoints.checkpoint.layout import Shape, tensors
+from entrypoints.checkpoint.manifest import MANIFEST_FILE, check_manifest
+from entrypoints.checkpoint.original import TensorFiles, open_tensors, read_json
+from entrypoints.checkpoint.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from entrypoints.errors import UserError
+from entrypoints.prompt import PromptFormat
+from entrypoints.sampling import Sampling
+
+PROMPT_FILE = "prompt.json"
+
+
+@dataclass(frozen=True)
+class NativeCheckpoint:
+    """A checked folder: its shape, its tokenizer and the prompt format it was taught."""
+
+    folder: Path
+    shape: Shape
+    tokenizer: Tokenizer
+    prompt_format: PromptFormat
+    files: TensorFiles
+
+
+def open_native(folder: Path, verify: bool = False) -> NativeCheckpoint:
+    """Check a converted folder: config, tensor names and shapes, file sizes; with `verify` every file's hash too.
+
+    Raises UserError naming what is missing or wrong. A folder without a manifest is refused only with `verify`.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder", "name the folder of a converted checkpoint (--model, MODEL_PATH)")
+    shape = Shape.from_native(read_json(folder / "config.json"), folder / "config.json")
+    if verify or (folder / MANIFEST_FILE).is_file():
+        check_manifest(folder, hashes=verify)
+    files = open_tensors(folder)
+    files.check({name: size for entry in tensors(shape) for name, size in entry.native_shapes().items()})
+    return NativeCheckpoint(folder, shape, load_tokenizer(folder), read_prompt_format(folder), files)
+
+
+def write_settings(folder: Path, shape: Shape, dtype: str, tokenizer: Tokenizer, prompt_format: PromptFormat) -> None:
+    """Write all small files but the vocabulary: config, generation config, tokenizer config, chat template, prompt format."""
+    write_json(folder / "config.json", shape.native_config(dtype, tokenizer.stop_ids, tokenizer.pad_id))
+    default = Sampling()
+    write_json(
+        folder / "generation_config.json",
+        {
+            "do_sample": True,
+            "eos_token_id": list(tokenizer.stop_ids),
+            "pad_token_id": tokenizer.pad_id,
+            "temperature": default.temperature,
+            "top_p": default.top_p,
+        },
+    )
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "</s>",
+            "pad_token": "<unk>",
+            "unk_token": "<unk>",
+            "padding_side": "left",
+            "model_max_length": shape.window,
+        },
+    )
+    write_prompt_format(folder, prompt_format)
+
+
+def write_prompt_format(folder: Path, prompt_format: PromptFormat) -> None:
+    """Store how the checkpoint is asked: for us as prompt.json, for others as chat_template.jinja."""
+    write_json(folder / PROMPT_FILE, asdict(prompt_format))
+    (folder / "chat_template.jinja").write_text(prompt_format.chat_template(), encoding="utf-8")
+
+
+def read_prompt_format(folder: Path) -> PromptFormat:
+    """The stored prompt format; a folder without one was taught ChatGLM3's own."""
+    file = folder / PROMPT_FILE
+    if not file.is_file():
+        return PromptFormat()
+    try:
+        return PromptFormat(**read_json(file))
+    except TypeError as error:
+        raise UserError(f"{file} is not understood ({error})", "it holds `template` and `source_prefix`") from error
+
+
+def save_tokenizer(folder: Path, tokenizer: object) -> None:
+    """Write a `tokenizers.Tokenizer` as tokenizer.json."""
+    tokenizer.save(str(folder / TOKENIZER_FILE))
+
+
+def write_json(file: Path, value: dict) -> None:
+    """Write a JSON object as the other files of a checkpoint are written."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,116 @@
+"""Where a model goes and in which precision: one policy for every command.
+
+cuda: bfloat16, float16 on cards without it (V100, T4). mps: float16. cpu: bfloat16 where the processor computes in it,
+else float32. Several GPUs: whole layers in order, and the embedding, final norm and output layer together on the first.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from entrypoints.checkpoint.layout import Shape, tensors
+from entrypoints.errors import UserError
+
+logger = logging.getLogger(__name__)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+HEADROOM = 1.1  # weights and what a short conversation needs beside them
+NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}  # flags of x86 and Arm in /proc/cpuinfo
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A decision: `device_map` maps module names to devices, as transformers takes it."""
+
+    device_map: dict[str, str]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{', '.join(dict.fromkeys(self.device_map.values()))} in {str(self.dtype).removeprefix('torch.')}"
+
+
+def place(shape: Shape, device: str = "auto", dtype: str = "auto") -> Placement:
+    """Decide for this machine; raises UserError when the device is absent or the memory too small, before any loading."""
+    kind = _kind(device)
+    chosen = _dtype(kind, dtype)
+    needed = int(weight_bytes(shape, chosen.itemsize) * HEADROOM)
+    if kind == "cuda":
+        free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
+        return Placement(spread(shape, gpus_needed(needed, free)), chosen)
+    if kind == "cpu" and (available := available_memory()) < needed:
+        raise UserError(
+            f"the model needs {needed / 1e9:.1f} GB of memory in {str(chosen).removeprefix('torch.')}, {available / 1e9:.1f} GB are available",
+            "free memory, or use --dtype bfloat16 or a quantised model",
+        )
+    return Placement({"": kind}, chosen)
+
+
+def weight_bytes(shape: Shape, itemsize: int) -> int:
+    """Bytes of all weights at `itemsize` bytes a number."""
+    return sum(torch.Size(entry.shape).numel() for entry in tensors(shape)) * itemsize
+
+
+def gpus_needed(needed: int, free: Sequence[int]) -> int:
+    """How many of the first GPUs hold `needed` bytes; raises UserError when all together do not."""
+    for count in range(1, len(free) + 1):
+        if min(free[:count]) * count >= needed:
+            return count
+    raise UserError(
+        f"the model needs {needed / 1e9:.1f} GB, the GPUs have {', '.join(f'{size / 1e9:.1f}' for size in free)} GB free",
+        "free GPU memory, use more GPUs or a quantised model",
+    )
+
+
+def spread(shape: Shape, count: int, kind: str = "cuda") -> dict[str, str]:
+    """A device map over `count` devices with every module of GlmForCausalLM in it; layers stay whole and in order.
+
+    The first device counts the embedding and the output layer as two layers of its share.
+    """
+    names = [f"{kind}:{number}" for number in range(count)]
+    per_device = (shape.layers + 2) / count
+    ends = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), names[0])
+    layers = {f"model.layers.{n}": names[min(int((n + 2) / per_device), count - 1)] for n in range(shape.layers)}
+    return {**ends, **layers}
+
+
+def available_memory() -> int:
+    """Bytes of host memory that this process may still take: the machine's, or its control group's if that is less."""
+    available = psutil.virtual_memory().available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        if Path(limit).is_file() and (text := Path(limit).read_text().strip()) != "max":
+            available = min(available, max(0, int(text) - int(Path(used).read_text())))
+    return available
+
+
+def _kind(device: str) -> str:
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(kind for kind, there in present.items() if there)
+    if not present[device]:
+        raise UserError(f"this machine has no {device} device", "use --device auto; `glm doctor` shows what there is")
+    return device
+
+
+def _dtype(kind: str, dtype: str) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if kind == "mps":
+        return torch.float16
+    return torch.bfloat16 if cpu_computes_bf16() else torch.float32
+
+
+def cpu_computes_bf16() -> bool:
+    """Does the processor multiply bfloat16 itself? Elsewhere torch emulates it, slower than float32."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return False
+    flags = next((line for line in info.read_text().splitlines() if line.lower().startswith(("flags", "features"))), "")
+    return bool(NATIVE_BF16 & set(flags.split()))

@@ -1,0 +1,33 @@
+"""How the next token is chosen: the parameters, their defaults and their bounds."""
+
+from dataclasses import dataclass
+
+from entrypoints.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One request's parameters; temperature and top_p default to those of ChatGLM3's own chat().
+
+    Raises UserError naming every field outside its bounds.
+    """
+
+    max_new_tokens: int = 2048
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_p: float = 0.8
+    top_k: int | None = None  # None: no such limit
+    repetition_penalty: float = 1.0
+    seed: int | None = None  # None: another answer each time
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature <= 2, "0 to 2"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
+            "repetition_penalty": (0 < self.repetition_penalty <= 2, "above 0, at most 2"),
+        }
+        wrong = {name: words for name, (fine, words) in bounds.items() if not fine}
+        if wrong:
+            values = ", ".join(f"{name}={getattr(self, name)}" for name in wrong)
+            raise UserError(f"out of bounds: {values}", ", ".join(f"{name} is {words}" for name, words in wrong.items()))
