@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Iterable
 
-NOISY = ("httpx", "urllib3", "filelock", "jieba", "datasets", "modelscope")
+NOISY = ("httpx", "httpx2", "httpcore2", "urllib3", "filelock", "jieba", "datasets", "modelscope")
 
 
 class _Redacting(logging.Formatter):

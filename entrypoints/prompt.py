@@ -129,7 +129,7 @@ class PromptFormat:
         if len(turns) < 2 or turns[-1].role != "assistant":
             raise UserError("the row does not end with an answer", "give it a response")
         answer = turns.pop()
-        question, source_cut = self._fit(turns, codec, max_source_length)
+        question, source_cut = self.cut(turns, codec, max_source_length)
         ids, taught = self._frame(question, codec)
         target, target_cut = self._answer(answer, codec, max_target_length)
         labels = [id_ if learn else IGNORED for id_, learn in zip(ids, taught, strict=True)]
@@ -184,7 +184,12 @@ class PromptFormat:
         text = _longest(answer.content, lambda text: len(header) + len(codec.encode(text)) <= room)
         return header + codec.encode(text), text != answer.content
 
-    def _fit(self, turns: list[Message], codec: TextCodec, room: int) -> tuple[list[Message], bool]:
+    def cut(self, turns: list[Message], codec: TextCodec, room: int) -> tuple[list[Message], bool]:
+        """The turns of a prompt cut to `room` ids, and whether anything went: oldest turns, then the question's end.
+
+        Raises UserError when the frame alone has more ids.
+        """
+
         def fits(candidate: list[Message]) -> bool:
             return len(self._frame(candidate, codec)[0]) <= room
 

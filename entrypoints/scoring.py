@@ -189,7 +189,7 @@ def _rouge_l(prediction: list[str], reference: list[str]) -> float:
 def _common_subsequence(a: list[str], b: list[str]) -> int:
     """Length of the longest common subsequence; a row of the usual table is the bits of one integer.
 
-    A 0 bit at i: the row grows from column i to i + 1. Source: Hyyrö 2004, Bit-Parallel LCS-length Computation Revisited.
+    Bit i is 0 where the row grows at column i. Source: Hyyrö 2004, Bit-Parallel LCS-length Computation Revisited.
     """
     places: dict[str, int] = {}
     for i, word in enumerate(a):

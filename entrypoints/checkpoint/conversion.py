@@ -34,7 +34,9 @@ class Part:
     stop: int | None = None
 
 
-def convert_to_native(source: Path, target: Path, dtype: str = "keep", overwrite: bool = False) -> None:
+def convert_to_native(
+    source: Path, target: Path, prompt_format: PromptFormat, dtype: str = "keep", overwrite: bool = False
+) -> None:
     """Turn an original ChatGLM3 folder into one that plain transformers loads.
 
     Everything is checked first; the result appears at `target` whole or not at all. dtype: one of DTYPES.
@@ -56,7 +58,7 @@ def convert_to_native(source: Path, target: Path, dtype: str = "keep", overwrite
         kept = _write_weights(stored, _native_parts(shape), folder, dtype)
         native.save_tokenizer(folder, backend)
         shutil.copyfile(source / VOCABULARY_FILE, folder / VOCABULARY_FILE)
-        native.write_settings(folder, shape, kept, tokenizer, PromptFormat())
+        native.write_settings(folder, shape, kept, tokenizer, prompt_format)
         write_manifest(folder, {"made_by": "glm convert", "source": source.resolve().name, **_download(source)})
 
 

@@ -14,6 +14,7 @@ import httpx2
 from huggingface_hub import HfApi, get_session, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from entrypoints.checkpoint.hub_record import HubFile
 from entrypoints.errors import UserError
 from entrypoints.settings import Secret
 
@@ -48,17 +49,6 @@ class NotHere(UserError):
     """This hub cannot be reached or lacks the repository; another one may serve it."""
 
 
-@dataclass
-class HubFile:
-    """One file of a repository."""
-
-    path: str
-    size: int  # bytes
-    commit: str  # the one it is fetched at
-    digest: str  # what the hub promises: SHA-256 (64 digits), git's blob SHA-1 (40), or nothing
-    sha256: str = ""  # what lies in the folder; empty until it was checked
-
-
 @dataclass(frozen=True)
 class Listing:
     """The files of a repository at one commit."""
@@ -68,7 +58,14 @@ class Listing:
     files: list[HubFile]
 
 
-def list_huggingface(repo: str, revision: str, endpoint: str, token: Secret) -> Listing:
+def list_files(source: str, repo: str, revision: str, endpoint: str, token: Secret) -> Listing:
+    """All files of a model at a revision, which is resolved to a commit. Raises NotHere or UserError."""
+    if source == "huggingface":
+        return _list_huggingface(repo, revision, endpoint, token)
+    return _list_modelscope(repo, revision, endpoint)
+
+
+def _list_huggingface(repo: str, revision: str, endpoint: str, token: Secret) -> Listing:
     """All files of a model on the Hugging Face hub or a mirror of it.
 
     Raises NotHere, or UserError when the revision does not exist or access is refused.
@@ -81,13 +78,17 @@ def list_huggingface(repo: str, revision: str, endpoint: str, token: Secret) -> 
     except GatedRepoError as error:
         raise UserError(f"{name} is gated", SET_TOKEN) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{name} has no revision {revision}", "name another one with --revision, for example main") from error
+        raise UserError(
+            f"{name} has no revision {revision}", "name another one with --revision, for example main"
+        ) from error
     except RepositoryNotFoundError as error:
         raise NotHere(f"{name} does not exist, or is private", "check the name, or set HF_TOKEN") from error
     except httpx2.HTTPError as error:
         raise _refusal(error, name) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotHere(f"{name}: the answer is not that of a hub ({type(error).__name__})", "check HF_ENDPOINT") from error
+        raise NotHere(
+            f"{name}: the answer is not that of a hub ({type(error).__name__})", "check HF_ENDPOINT"
+        ) from error
     if not info.sha or any(file.size is None for file in info.siblings or []):
         raise NotHere(f"{name}: the answer lacks the commit or the sizes of the files", "check HF_ENDPOINT")
     files = [
@@ -102,7 +103,7 @@ def list_huggingface(repo: str, revision: str, endpoint: str, token: Secret) -> 
     return Listing(info.id, info.sha, files)
 
 
-def list_modelscope(repo: str, revision: str, endpoint: str) -> Listing:
+def _list_modelscope(repo: str, revision: str, endpoint: str) -> Listing:
     """All files of a model on ModelScope; of public ones only, no token is sent.
 
     Its HTTP API is used as it is: the library accepts no commit as revision (modelscope#1386), takes a pickled token
@@ -118,7 +119,9 @@ def list_modelscope(repo: str, revision: str, endpoint: str) -> Listing:
         if not body.get("Success", True):
             raise NotHere(f"{name}: {body.get('Message')}", "check the name")
         if entries is None:  # the hub's answer, with status 200, to an unknown revision
-            raise UserError(f"{name} has no revision {revision}", "name another one with --revision, for example master")
+            raise UserError(
+                f"{name} has no revision {revision}", "name another one with --revision, for example master"
+            )
         blobs = [entry for entry in entries if entry["Type"] == "blob"]
         commit = _modelscope_commit(data, blobs)
         files = [
@@ -134,7 +137,9 @@ def list_modelscope(repo: str, revision: str, endpoint: str) -> Listing:
     except httpx2.HTTPError as error:
         raise _refusal(error, name) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotHere(f"{name}: the answer is not that of ModelScope ({error!r})", "check MODELSCOPE_ENDPOINT") from error
+        raise NotHere(
+            f"{name}: the answer is not that of ModelScope ({error!r})", "check MODELSCOPE_ENDPOINT"
+        ) from error
     return Listing(repo, commit, files)
 
 
@@ -165,7 +170,9 @@ def _modelscope_commit(data: dict, blobs: list[dict]) -> str:
     """The commit that the listing shows. The hub often leaves `Id` empty and gives the first 8 digits only."""
     latest = data.get("LatestCommitter") or {}
     head = latest.get("Id") or latest.get("ShortId") or ""
-    commits = [entry.get("Revision") or "" for entry in sorted(blobs, key=lambda entry: -(entry.get("CommittedDate") or 0))]
+    commits = [
+        entry.get("Revision") or "" for entry in sorted(blobs, key=lambda entry: -(entry.get("CommittedDate") or 0))
+    ]
     commit = next((commit for commit in commits if commit.startswith(head)), head)
     if not commit:
         raise ValueError("no commit")
@@ -197,7 +204,10 @@ def _refusal(error: httpx2.HTTPError, name: str) -> UserError:
         return NotHere(f"{name} does not exist", "check the name")
     if status:
         return NotHere(f"{name}: the hub answers {status}", "try again later")
-    return NotHere(f"{name} cannot be reached ({error or type(error).__name__})", "check the network, or name a mirror in HF_ENDPOINT")
+    return NotHere(
+        f"{name} cannot be reached ({error or type(error).__name__})",
+        "check the network, or name a mirror in HF_ENDPOINT",
+    )
 
 
 def _status(error: httpx2.HTTPError) -> int | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from entrypoints.errors import UserError
@@ -21,13 +21,13 @@ def sha256(file: Path, progress: Callable[[int], object] | None = None) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path, provenance: dict, progress: Callable[[int], object] | None = None) -> None:
-    """Describe every file in `folder`; `provenance` says how the folder was made."""
-    files = {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file, progress)}
-        for file in _files(folder)
+def write_manifest(folder: Path, provenance: dict, files: Iterable[Path] | None = None) -> None:
+    """Describe every file in `folder`, or only `files`; `provenance` says how the folder was made."""
+    entries = {
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
+        for file in (_files(folder) if files is None else files)
     }
-    text = json.dumps({"version": 1, "provenance": provenance, "files": files}, indent=2, ensure_ascii=False)
+    text = json.dumps({"version": 1, "provenance": provenance, "files": entries}, indent=2, ensure_ascii=False)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 

@@ -1,18 +1,31 @@
 """The native folder: what plain transformers loads, and how it is opened with every check that costs no reading."""
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from entrypoints.checkpoint.layout import Shape, tensors
 from entrypoints.checkpoint.manifest import MANIFEST_FILE, check_manifest
 from entrypoints.checkpoint.original import TensorFiles, open_tensors, read_json
-from entrypoints.checkpoint.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from entrypoints.checkpoint.tokenizer import TOKENIZER_FILE, VOCABULARY_FILE, Tokenizer, load_tokenizer
 from entrypoints.errors import UserError
 from entrypoints.prompt import PromptFormat
 from entrypoints.sampling import Sampling
 
 PROMPT_FILE = "prompt.json"
+TEMPLATE_FILE = "chat_template.jinja"
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer_config.json",
+    PROMPT_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    VOCABULARY_FILE,
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ def write_settings(folder: Path, shape: Shape, dtype: str, tokenizer: Tokenizer,
 def write_prompt_format(folder: Path, prompt_format: PromptFormat) -> None:
     """Store how the checkpoint is asked: for us as prompt.json, for others as chat_template.jinja."""
     write_json(folder / PROMPT_FILE, asdict(prompt_format))
-    (folder / "chat_template.jinja").write_text(prompt_format.chat_template(), encoding="utf-8")
+    (folder / TEMPLATE_FILE).write_text(prompt_format.chat_template(), encoding="utf-8")
 
 
 def read_prompt_format(folder: Path) -> PromptFormat:
@@ -90,6 +103,18 @@ def read_prompt_format(folder: Path) -> PromptFormat:
 def save_tokenizer(folder: Path, tokenizer: object) -> None:
     """Write a `tokenizers.Tokenizer` as tokenizer.json."""
     tokenizer.save(str(folder / TOKENIZER_FILE))
+
+
+def copy_vocabulary(source: Path, target: Path) -> None:
+    """Copy tokenizer.json, and the original tokenizer.model where there is one."""
+    for name in (TOKENIZER_FILE, VOCABULARY_FILE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a folder that loading needs, without logs, optimizer states and results."""
+    return sorted(file for pattern in MODEL_FILES for file in folder.glob(pattern))
 
 
 def write_json(file: Path, value: dict) -> None:

@@ -78,6 +78,9 @@ class Tokenizer:
         self._pieces = self._bytes_of_pieces()
         self.size = backend.get_vocab_size()
 
+    def __reduce__(self) -> tuple:
+        return Tokenizer, (self._backend,)  # the backend forgets its settings when it is pickled
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text as SentencePiece gives them, with its dummy prefix and no special ids.
 

@@ -54,7 +54,7 @@ def split(source: Path, encoding: str, wanted: DevSet) -> Split:
 
 
 def write_split(done: Split, folder: Path, overwrite: bool) -> list[Path]:
-    """Write train.jsonl and dev.jsonl as UTF-8 JSON lines; returns their paths. Drafts first: none is left half written.
+    """Write train.jsonl and dev.jsonl as UTF-8 JSON lines, drafted first: none is left half written; returns the paths.
 
     Raises UserError: a file is there already and may not be replaced, is a source of these rows, or cannot be written.
     """

@@ -1,0 +1,80 @@
+"""Answer the rows of a file with a model, write the answers down, and score them with BLEU-4 and ROUGE-1/2/L.
+
+Writes generated_predictions.jsonl, then predict_results.json; prints the scores. An empty answer counts as 0.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from entrypoints.errors import UserError
+from entrypoints.settings import DEVICES, Settings
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `glm evaluate`."""
+    parser.add_argument("--model", type=Path, help="converted checkpoint; overrides MODEL_PATH")
+    parser.add_argument("--adapter", type=Path, help="converted adapter; overrides ADAPTER_PATH")
+    parser.add_argument("--test-file", type=Path, required=True, help="rows to answer")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for answers and scores")
+    parser.add_argument("--prompt-column", help="column of the question; as in training if not given, else content")
+    parser.add_argument("--response-column", help="column of the reference; as in training if not given, else summary")
+    parser.add_argument("--history-column", help="column of earlier pairs; as in training if not given")
+    parser.add_argument("--encoding", default="utf-8", help="of the file; gb18030 for GBK")
+    parser.add_argument("--max-source-length", type=int, help="most tokens of a prompt; as in training if not given, else 512")
+    parser.add_argument("--max-target-length", type=int, help="most tokens of an answer; as in training if not given, else 512")
+    parser.add_argument("--max-predict-samples", type=int, help="answer only the first rows")
+    parser.add_argument("--per-device-eval-batch-size", type=int, default=8, help="rows at once")
+    parser.add_argument("--bleu-tokens", choices=("characters", "words"), default="characters", help="what BLEU-4 counts")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="share of probability to choose from")
+    parser.add_argument("--seed", type=int, default=42, help="for a temperature above 0")
+    parser.add_argument("--device", choices=DEVICES, help="overrides DEVICE")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights")
+
+
+def run(args: argparse.Namespace, settings: Settings) -> None:
+    """Check the rows, then the scorer, then load the model and answer."""
+    model = args.model or settings.model_path
+    if not model:
+        raise UserError("no model is named", "add --model DIR or set MODEL_PATH")
+    if args.per_device_eval_batch_size < 1:
+        raise UserError(f"--per-device-eval-batch-size {args.per_device_eval_batch_size} is below 1", "use 1 or more")
+    from entrypoints import evaluation, scoring
+    from entrypoints.dataset.reading import Columns, examples, read_rows
+    from entrypoints.sampling import Sampling
+
+    origin = _training_origin(Path(model))
+    columns = Columns(**{**origin.get("columns", {}), **_given_columns(args)})
+    source = args.max_source_length or origin.get("max_source_length", 512)
+    target = args.max_target_length or origin.get("max_target_length", 512)
+    rows, skipped = examples(read_rows(args.test_file, args.encoding), columns)
+    sampling = Sampling(max_new_tokens=target, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    scoring.self_test()
+    from tqdm import tqdm
+
+    from entrypoints.engines.transformers_engine import TransformersEngine
+
+    adapter = args.adapter or settings.adapter_path or None
+    engine = TransformersEngine.load(
+        Path(model), Path(adapter) if adapter else None, args.device or settings.device, args.dtype
+    )
+    rows = rows[: args.max_predict_samples]
+    predictions = evaluation.predict(engine, rows, sampling, source, args.per_device_eval_batch_size)
+    scores = evaluation.evaluate(tqdm(predictions, total=len(rows), desc="answers"), args.output_dir, args.bleu_tokens)
+    print(json.dumps({**scores.as_dict(), "n_skipped": len(skipped)}, ensure_ascii=False, indent=2))
+
+
+def _training_origin(model: Path) -> dict:
+    """What the checkpoint was tuned with, so that it is asked the same way."""
+    from entrypoints.checkpoint.manifest import MANIFEST_FILE, read_manifest
+
+    return read_manifest(model)["provenance"] if (model / MANIFEST_FILE).is_file() else {}
+
+
+def _given_columns(args: argparse.Namespace) -> dict:
+    given = {"prompt": args.prompt_column, "response": args.response_column, "history": args.history_column}
+    return {name: column for name, column in given.items() if column is not None}

@@ -1,0 +1,234 @@
+"""What `glm download` does when a network, a hub or a disk fails: one sentence, and the same command goes on."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from entrypoints.checkpoint import hub_sources, hub_transfer
+from entrypoints.checkpoint.hub import KNOWN, download
+from entrypoints.errors import UserError
+from entrypoints.settings import Secret
+
+MODEL = "THUDM/chatglm3-6b"
+PINNED = KNOWN[MODEL]["huggingface"].revision
+SMALLER, WEIGHTS = "model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def ranges(requests: list) -> list[str | None]:
+    return [asked.headers.get("range") for asked in requests]
+
+
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_a_cut_connection_is_resumed_at_the_byte_where_it_broke(
+    folder, settings, storage, modelscope, hub_files, source
+):
+    server = storage if source == "huggingface" else modelscope  # which answers a range with status 200
+    server.cuts[WEIGHTS] = [1000, 500]
+    download(MODEL, folder, source, None, settings)
+    assert ranges(server.got(WEIGHTS)) == [None, "bytes=1000-", "bytes=1500-"]
+    assert (folder / WEIGHTS).read_bytes() == hub_files[WEIGHTS]
+
+
+def test_attempts_are_bounded_and_the_next_run_resumes_what_they_brought(folder, settings, storage, hub_files):
+    storage.cuts[WEIGHTS] = [100] * hub_transfer.ATTEMPTS
+    with pytest.raises(UserError) as caught:
+        download(MODEL, folder, "huggingface", None, settings)
+    assert caught.value.problem.startswith(f"{WEIGHTS}: {hub_transfer.ATTEMPTS} attempts failed, the last one with: ")
+    assert caught.value.problem.endswith(f"(9 of 10 files are complete in {folder})")
+    assert caught.value.remedy == "run the same command again: it resumes"
+    assert len(storage.got(WEIGHTS)) == hub_transfer.ATTEMPTS
+    storage.asked.clear()
+    download(MODEL, folder, "auto", None, settings)
+    assert ranges(storage.asked) == [f"bytes={100 * hub_transfer.ATTEMPTS}-"]
+    assert (folder / WEIGHTS).read_bytes() == hub_files[WEIGHTS]
+
+
+def test_attempts_that_bring_much_are_not_counted(folder, settings, storage, monkeypatch):
+    monkeypatch.setattr(hub_transfer, "WORTHWHILE", 100)
+    storage.cuts[WEIGHTS] = [100] * 20
+    download(MODEL, folder, "huggingface", None, settings)
+    assert len(storage.got(WEIGHTS)) == 21
+
+
+def test_a_server_that_cannot_resume_sends_the_whole_file_again(folder, settings, storage, hub_files):
+    storage.ignores_range = True
+    storage.cuts[WEIGHTS] = [1000]
+    download(MODEL, folder, "huggingface", None, settings)
+    assert (folder / WEIGHTS).read_bytes() == hub_files[WEIGHTS]
+
+
+def test_what_an_interrupted_run_left_is_resumed(tmp_path, settings, storage, huggingface, hub_files):
+    """Ctrl-C in the middle of a file: exit code 130, no traceback, and the part is kept."""
+    storage.gate.clear()
+    command = [sys.executable, "-m", "entrypoints", "download", MODEL, "--output-dir", "out"]
+    env = {"HF_ENDPOINT": settings.hf_endpoint, "HOME": str(tmp_path / "home")}
+    run = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    while not storage.got("tokenizer.model"):
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate()
+    assert (run.returncode, err.splitlines()[-1]) == (130, "glm: interrupted")
+    assert "Traceback" not in err
+    storage.gate.set()
+    (tmp_path / "out" / f"{WEIGHTS}.part").write_bytes(hub_files[WEIGHTS][:77])
+    storage.asked.clear()
+    huggingface.asked.clear()
+    download(MODEL, tmp_path / "out", "auto", None, settings)
+    assert len(huggingface.asked) == 3  # the three large files; the small ones were complete
+    assert ranges(storage.got(WEIGHTS)) == ["bytes=77-"]
+
+
+@pytest.mark.parametrize("left", [b"x" * 10_240, b"x" * 20_000, b"x" * 50])
+def test_a_part_that_is_no_beginning_of_the_file_is_thrown_away(folder, settings, hub_files, left):
+    folder.mkdir()
+    (folder / f"{WEIGHTS}.part").write_bytes(left)
+    try:
+        download(MODEL, folder, "huggingface", None, settings)
+    except UserError as error:
+        assert error.problem.startswith(f"{WEIGHTS} arrived damaged")
+        download(MODEL, folder, "huggingface", None, settings)
+    assert (folder / WEIGHTS).read_bytes() == hub_files[WEIGHTS]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 416])
+def test_a_passing_fault_of_the_hub_is_retried(folder, settings, huggingface, status):
+    huggingface.answers = {f"/{PINNED}": [status] if status != 416 else [], f"/{WEIGHTS}": [status, status]}
+    (folder / f"{WEIGHTS}.part").parent.mkdir()
+    (folder / f"{WEIGHTS}.part").write_bytes(b"")
+    download(MODEL, folder, "huggingface", None, settings)
+    assert len([asked for asked in huggingface.asked if asked.path.endswith(WEIGHTS)]) == 3
+
+
+def test_a_refusal_by_the_storage_is_retried_with_a_fresh_address_from_the_hub(folder, settings, huggingface, storage):
+    storage.answers[f"/{WEIGHTS}"] = [403]
+    download(MODEL, folder, "huggingface", None, settings)
+    assert len([asked for asked in huggingface.asked if asked.path.endswith(WEIGHTS)]) == 2
+
+
+def test_a_hub_that_stays_down_is_asked_a_bounded_number_of_times(folder, settings, huggingface, caplog):
+    huggingface.answers[f"/{PINNED}"] = [502] * 100
+    download(MODEL, folder, "auto", None, settings)
+    assert len(huggingface.asked) == hub_sources.ATTEMPTS
+    assert "the hub answers 502" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"short", "the server offers 5 bytes, the hub lists 10240 bytes"),
+        (b"x" * 20_000, "the server offers 20000 bytes, the hub lists 10240 bytes"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 10240\n",
+            "the server offers a Git LFS pointer instead of the file, the hub lists 10240 bytes",
+        ),
+    ],
+)
+def test_a_file_of_the_wrong_size_is_refused_before_it_is_written(folder, settings, huggingface, body, said):
+    huggingface.bodies[WEIGHTS] = body
+    huggingface.storage = None
+    with pytest.raises(UserError, match=rf"{WEIGHTS}: {said} \(9 of 10 .*run the same command again"):
+        download(MODEL, folder, "huggingface", None, settings)
+    assert not (folder / WEIGHTS).exists() and not (folder / f"{WEIGHTS}.part").exists()
+    huggingface.bodies.clear()
+    download(MODEL, folder, "huggingface", None, settings)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "config.json"])  # by SHA-256, and by git's blob id
+def test_a_file_of_other_contents_is_refused_and_fetched_anew_by_the_next_run(
+    folder, settings, storage, huggingface, hub_files, file
+):
+    storage.bodies[file] = huggingface.bodies[file] = b"!" * len(hub_files[file])
+    with pytest.raises(UserError, match=rf"{file} arrived damaged.*run the same command again"):
+        download(MODEL, folder, "huggingface", None, settings)
+    assert not (folder / file).exists()
+    storage.bodies.clear()
+    huggingface.bodies.clear()
+    download(MODEL, folder, "huggingface", None, settings)
+    assert (folder / file).read_bytes() == hub_files[file]
+
+
+def test_a_model_that_no_hub_has_is_said_of_each(folder, settings):
+    with pytest.raises(UserError) as caught:
+        download("THUDM/chatglm4-6b", folder, "auto", None, settings)
+    assert caught.value.problem == (
+        "THUDM/chatglm4-6b on 127.0.0.1 does not exist, or is private; THUDM/chatglm4-6b on 127.0.0.1 does not exist"
+    )
+
+
+def test_without_a_token_a_missing_model_is_said_to_need_one_perhaps(folder, settings):
+    """Hugging Face answers 401, not 404, to those who are not logged in."""
+    with pytest.raises(UserError, match=r"does not exist, or is private; check the name, or set HF_TOKEN"):
+        download("me/my-glm", folder, "huggingface", None, replace(settings, hf_token=Secret()))
+
+
+@pytest.mark.parametrize("source", ["auto", "huggingface", "modelscope"])
+def test_a_revision_that_does_not_exist_is_named_and_no_other_is_taken(folder, settings, source):
+    with pytest.raises(UserError, match=r"has no revision v9; name another one with --revision, for example ma"):
+        download(MODEL, folder, source, "v9", settings)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_asks_for_a_token(folder, settings, huggingface, status):
+    huggingface.gated_status = status
+    with pytest.raises(UserError, match=rf"refuses access \({status}\) .*accept its terms .* set HF_TOKEN"):
+        download(MODEL, folder, "huggingface", None, replace(settings, hf_token=Secret()))
+    download(MODEL, folder, "huggingface", None, settings)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_listing_that_is_refused_asks_for_a_token(folder, settings, huggingface, modelscope, status):
+    huggingface.answers[f"/{PINNED}"] = [status]
+    with pytest.raises(UserError, match="HF_TOKEN"):
+        download(MODEL, folder, "huggingface", None, settings)
+    modelscope.answers["/repo/files"] = [status]
+    with pytest.raises(UserError, match=rf"access to ZhipuAI/chatglm3-6b on 127.0.0.1 is refused \({status}\)"):
+        download(MODEL, folder, "modelscope", None, settings)
+
+
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_a_page_instead_of_an_answer_is_no_traceback(folder, settings, monkeypatch, source):
+    """As the login page of a hotel or company network: status 200 and HTML."""
+    monkeypatch.setattr("http.server.BaseHTTPRequestHandler.send_response", lambda self, _: page(self))
+    with pytest.raises(UserError, match=r"the answer is not that of"):
+        download(MODEL, folder, source, None, settings)
+
+
+def page(handler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>")
+    handler.wfile = open("/dev/null", "wb")  # noqa: SIM115, PTH123
+
+
+def test_an_endpoint_without_scheme_is_named(folder, settings):
+    with pytest.raises(UserError, match="HF_ENDPOINT does not begin with https://"):
+        download(MODEL, folder, "auto", None, replace(settings, hf_endpoint="hf-mirror.com"))
+
+
+def test_a_repository_without_weights_is_refused(folder, settings, huggingface):
+    for files in huggingface.revisions.values():
+        for name in [name for name in files if name.startswith(("model", "pytorch_model"))]:
+            del files[name]
+    with pytest.raises(UserError, match=r"chatglm3-6b on huggingface holds no checkpoint"):
+        download(MODEL, folder, "huggingface", None, settings)
+
+
+def test_a_disk_that_fills_up_keeps_what_is_complete(folder, settings, hub_files, monkeypatch):
+    """/dev/full takes the place of the part: every write to it is a real ENOSPC."""
+    folder.mkdir()
+    (folder / f"{WEIGHTS}.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write in .*No space left on device.*complete files stay"):
+        download(MODEL, folder, "huggingface", None, settings)
+    assert (folder / SMALLER).read_bytes() == hub_files[SMALLER]
+    (folder / f"{WEIGHTS}.part").unlink()
+    download(MODEL, folder, "auto", None, settings)
+    assert shutil.disk_usage(folder).free and (folder / WEIGHTS).read_bytes() == hub_files[WEIGHTS]
