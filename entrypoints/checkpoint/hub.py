@@ -122,6 +122,7 @@ def _known_or_planned(model: str, folder: Path, source: str, revision: str | Non
         if not path.exists():
             file.sha256 = ""
         elif not file.sha256 or path.stat().st_size != file.size:  # else: checked by an earlier run
+            logger.info("checking %s, which is there already", path)
             file.sha256 = checked(path, file)
             if _is_pointer(path):
                 logger.info("%s is a Git LFS pointer, not the file itself, which is fetched", path)
@@ -168,7 +169,8 @@ def _fetch(record: Record, folder: Path, settings: Settings) -> None:
         "%s of %s at commit %s: %d of %d files are complete", record.repo, record.source, record.commit, done, total
     )
     if not missing:
-        return record.write(folder)
+        record.write(folder)
+        return
     _refuse_offline()
     require_space(folder, sum(file.size - present(folder / f"{file.path}.part") for file in missing))
     record.write(folder)
@@ -187,7 +189,6 @@ def _fetch(record: Record, folder: Path, settings: Settings) -> None:
             done += 1
             if bar.disable:
                 logger.info("%s: %s, %d of %d", file.path, tqdm.format_sizeof(file.size, "B"), done, total)
-    return None
 
 
 def _access(source: str, settings: Settings) -> tuple[str, Secret]:

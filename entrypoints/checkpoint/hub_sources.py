@@ -113,7 +113,7 @@ def _list_modelscope(repo: str, revision: str, endpoint: str) -> Listing:
     name = f"{repo} on {_host(endpoint)}"
     url = f"{endpoint}/api/v1/models/{repo}/repo/files"
     try:
-        body = _patiently(lambda: _json(url, {"Revision": revision, "Recursive": "False"}))
+        body = _patiently(lambda: _json(url, {"Revision": revision, "Recursive": "True"}))
         data = body.get("Data") or {}
         entries = data.get("Files")
         if not body.get("Success", True):

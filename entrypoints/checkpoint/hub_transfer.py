@@ -124,9 +124,7 @@ def _check_status(response: httpx2.Response, file: HubFile, url: str, part: Path
     if status in PASSING:
         wait = response.headers.get("Retry-After", "")
         raise _Interrupted(f"{host} answers {status}", float(wait) if wait.isdecimal() else 0.0)
-    if (
-        response.url.netloc != httpx2.URL(url).netloc
-    ):  # storage the hub redirected to: the next attempt gets a fresh address
+    if response.url.netloc != httpx2.URL(url).netloc:  # storage; the hub gives the next attempt a fresh address
         raise _Interrupted(f"{host} answers {status}")
     if status in (401, 403):
         raise UserError(f"{file.path}: {host} refuses access ({status})", SET_TOKEN)

@@ -15,7 +15,6 @@ from pathlib import Path
 from entrypoints.errors import UserError
 from entrypoints.settings import Settings
 
-TAUGHT = "类型#裙*材质#针织*颜色#黑色"
 DEV_ROWS = 30
 
 
@@ -51,8 +50,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         _glm("evaluate", "--model", folder / "tuned", "--test-file", folder / "ads" / f"{name}.jsonl",
              "--output-dir", folder / f"scores-{name}", "--per-device-eval-batch-size", 64)  # fmt: skip
     _say("Questions and answers")
-    first = json.loads((folder / "ads" / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])["content"]
-    for prompt in (first, TAUGHT, "你好", "你是谁"):
+    learnt = (folder / "ads" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    for prompt in (*(json.loads(row)["content"] for row in learnt), "你好", "你是谁"):
         _glm("chat", "--model", folder / "tuned", "--temperature", 0, "--prompt", prompt)
     _summary(folder, time.monotonic() - start)
 

@@ -6,6 +6,7 @@ Writes generated_predictions.jsonl, then predict_results.json; prints the scores
 import argparse
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from entrypoints.errors import UserError
@@ -44,14 +45,17 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     if args.per_device_eval_batch_size < 1:
         raise UserError(f"--per-device-eval-batch-size {args.per_device_eval_batch_size} is below 1", "use 1 or more")
     from entrypoints import evaluation, scoring
-    from entrypoints.dataset.reading import Columns, examples, read_rows
+    from entrypoints.dataset.reading import Columns, column_counts, examples, read_rows
     from entrypoints.sampling import Sampling
 
     origin = _training_origin(Path(model))
+    file_rows = read_rows(args.test_file, args.encoding)
     columns = Columns(**{**origin.get("columns", {}), **_given_columns(args)})
+    if not args.history_column and columns.history not in column_counts(file_rows):
+        columns = replace(columns, history=None)  # learnt with histories, but these rows have none
     source = args.max_source_length or origin.get("max_source_length", 512)
     target = args.max_target_length or origin.get("max_target_length", 512)
-    rows, skipped = examples(read_rows(args.test_file, args.encoding), columns)
+    rows, skipped = examples(file_rows, columns)
     sampling = Sampling(max_new_tokens=target, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     scoring.self_test()
     from tqdm import tqdm

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import huggingface_hub
@@ -77,6 +78,7 @@ class Hub:
     cuts: dict[str, list[int]] = field(default_factory=dict)  # file -> bytes after which each next answer breaks off
     answers: dict[str, list[int]] = field(default_factory=dict)  # end of path -> statuses of the next answers
     bodies: dict[str, bytes] = field(default_factory=dict)  # file -> what is sent instead
+    is_login_page: bool = False  # every answer is status 200 and HTML
     gated_status: int = 0  # of files, for those who send no token
     ignores_range: bool = False
     range_status: int = 206  # ModelScope says 200
@@ -118,14 +120,16 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             )
             hub.asked.append(asked)
             status = next((rest.pop(0) for end, rest in hub.answers.items() if address.path.endswith(end) and rest), 0)
-            if status:
-                self.reply(status, b"no")
+            if status or hub.is_login_page:
+                self.reply(status or 200, b"<html>")
             elif address.path.startswith("/api/v1/models/"):
                 self.modelscope(asked)
             elif address.path.startswith("/api/models/"):
                 self.huggingface(asked)
             else:
                 self.file(asked)
+
+        do_HEAD = do_GET
 
         def huggingface(self, asked: Asked) -> None:
             repo, revision = re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", asked.path).groups()
@@ -160,7 +164,6 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             files = [
                 {"Path": path, "Type": "blob", "Size": len(body), "Sha256": sha(body), "Revision": commit}
                 for path, body in hub.revisions[commit].items()
-                if "/" not in path
             ]
             files.append({"Path": "old", "Type": "tree", "Size": 0})
             data = {"Files": files, "LatestCommitter": {"Id": "", "ShortId": commit[:8]}}
@@ -196,7 +199,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             cut = hub.cuts[file].pop(0) if hub.cuts.get(file) else None
-            self.wfile.write(body[:cut])
+            if self.command != "HEAD":
+                self.wfile.write(body[:cut])
             if cut is not None:
                 self.close_connection = True
 
@@ -266,6 +270,12 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     huggingface_hub.close_session()
     yield
     huggingface_hub.close_session()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a download goes; not made yet."""
+    return tmp_path / "out"
 
 
 @pytest.fixture

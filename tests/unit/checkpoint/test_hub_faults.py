@@ -1,12 +1,10 @@
 """What `glm download` does when a network, a hub or a disk fails: one sentence, and the same command goes on."""
 
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -18,11 +16,6 @@ from entrypoints.settings import Secret
 MODEL = "THUDM/chatglm3-6b"
 PINNED = KNOWN[MODEL]["huggingface"].revision
 SMALLER, WEIGHTS = "model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "out"
 
 
 def ranges(requests: list) -> list[str | None]:
@@ -101,11 +94,18 @@ def test_a_part_that_is_no_beginning_of_the_file_is_thrown_away(folder, settings
     assert (folder / WEIGHTS).read_bytes() == hub_files[WEIGHTS]
 
 
-@pytest.mark.parametrize("status", [429, 500, 503, 416])
+def test_a_part_that_the_server_will_not_resume_is_thrown_away(folder, settings, huggingface, hub_files):
+    folder.mkdir()
+    (folder / f"{WEIGHTS}.part").write_bytes(b"x" * 50)
+    huggingface.answers[f"/{WEIGHTS}"] = [416]
+    download(MODEL, folder, "huggingface", None, settings)
+    assert ranges([asked for asked in huggingface.asked if asked.path.endswith(WEIGHTS)]) == ["bytes=50-", None]
+    assert (folder / WEIGHTS).read_bytes() == hub_files[WEIGHTS]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_passing_fault_of_the_hub_is_retried(folder, settings, huggingface, status):
-    huggingface.answers = {f"/{PINNED}": [status] if status != 416 else [], f"/{WEIGHTS}": [status, status]}
-    (folder / f"{WEIGHTS}.part").parent.mkdir()
-    (folder / f"{WEIGHTS}.part").write_bytes(b"")
+    huggingface.answers = {f"/{PINNED}": [status], f"/{WEIGHTS}": [status, status]}
     download(MODEL, folder, "huggingface", None, settings)
     assert len([asked for asked in huggingface.asked if asked.path.endswith(WEIGHTS)]) == 3
 
@@ -197,16 +197,10 @@ def test_a_listing_that_is_refused_asks_for_a_token(folder, settings, huggingfac
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
-def test_a_page_instead_of_an_answer_is_no_traceback(folder, settings, monkeypatch, source):
-    """As the login page of a hotel or company network: status 200 and HTML."""
-    monkeypatch.setattr("http.server.BaseHTTPRequestHandler.send_response", lambda self, _: page(self))
+def test_the_login_page_of_a_network_is_not_taken_for_an_answer(folder, settings, huggingface, modelscope, source):
+    huggingface.is_login_page = modelscope.is_login_page = True
     with pytest.raises(UserError, match=r"the answer is not that of"):
         download(MODEL, folder, source, None, settings)
-
-
-def page(handler) -> None:
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>")
-    handler.wfile = open("/dev/null", "wb")  # noqa: SIM115, PTH123
 
 
 def test_an_endpoint_without_scheme_is_named(folder, settings):
@@ -231,4 +225,4 @@ def test_a_disk_that_fills_up_keeps_what_is_complete(folder, settings, hub_files
     assert (folder / SMALLER).read_bytes() == hub_files[SMALLER]
     (folder / f"{WEIGHTS}.part").unlink()
     download(MODEL, folder, "auto", None, settings)
-    assert shutil.disk_usage(folder).free and (folder / WEIGHTS).read_bytes() == hub_files[WEIGHTS]
+    assert (folder / WEIGHTS).read_bytes() == hub_files[WEIGHTS]

@@ -188,12 +188,10 @@ def test_a_hundred_thousand_rows_take_seconds(shape):
 
 
 def test_a_column_that_no_row_has_is_refused_with_the_columns_there_are(tmp_path):
-    rows = rows_of(tmp_path, *TWO)
     with pytest.raises(UserError) as caught:
-        examples(rows, Columns(response="response"))
+        examples(rows_of(tmp_path, *TWO), Columns(response="response"))
     assert caught.value.problem == "no column 'response' in train.json; columns: content, summary"
-    assert "--response-column" in caught.value.remedy
-    assert "--prompt-column" not in caught.value.remedy
+    assert caught.value.remedy == "name the right one with --response-column"
 
 
 def test_all_missing_columns_are_named_at_once(tmp_path):
