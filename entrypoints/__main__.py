@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises whatever a defect raises; a user's mistake only with --debug.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):  # a C locale must not end in a UnicodeEncodeError
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     argv = [_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in argv
     try:
@@ -62,14 +66,20 @@ def _parse(argv: list[str]) -> tuple:
     top.add_argument("job", choices=JOBS, metavar="JOB", help="one of the jobs below")
     name = top.parse_args(argv[:1]).job
     job = importlib.import_module(f"entrypoints.jobs.{name}")
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument("--log-format", choices=LOG_FORMATS, help="overrides LOG_FORMAT")
+    common.add_argument("--log-level", choices=LOG_LEVELS, help="overrides LOG_LEVEL")
     parser = argparse.ArgumentParser(
-        prog=f"glm {name}", description=job.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=f"glm {name}",
+        description=job.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        parents=[common],
+        allow_abbrev=False,
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--log-format", choices=LOG_FORMATS, help="overrides LOG_FORMAT")
-    parser.add_argument("--log-level", choices=LOG_LEVELS, help="overrides LOG_LEVEL")
     job.add_arguments(parser)
-    return job, parser.parse_args(argv[1:])
+    given, rest = common.parse_known_args(argv[1:])  # first, so that they may also stand after a word such as `check`
+    return job, parser.parse_args(rest, given)
 
 
 def _dashes(word: str) -> str:

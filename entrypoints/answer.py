@@ -1,4 +1,4 @@
-"""The model's answer: token ids to whole characters, text to content or a tool call. It never raises on what a model wrote."""
+"""The model's answer: ids to whole characters, text to content or a tool call. Nothing a model wrote makes it raise."""
 
 import ast
 import codecs

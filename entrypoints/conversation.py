@@ -30,10 +30,8 @@ class Chat:
 
     def chat(self, query: str, history: Iterable = (), **sampling: object) -> tuple[str, list[dict]]:
         """The whole answer and the history with it; sampling as the fields of `Sampling`."""
-        response, turns = "", list(history)
-        for response, turns in self.stream_chat(query, history, **sampling):
-            pass
-        return response, turns
+        *_, last = self.stream_chat(query, history, **sampling)
+        return last
 
     def stream_chat(self, query: str, history: Iterable = (), **sampling: object) -> Iterator[tuple[str, list[dict]]]:
         """Yield the answer so far and the history with it, each time some text is added, and once at the end."""
@@ -72,7 +70,11 @@ class Chat:
 
 
 def load_chat(
-    model: str | Path, adapter: str | Path | None = None, device: str = "auto", dtype: str = "auto", verify: bool = False
+    model: str | Path,
+    adapter: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    verify: bool = False,
 ) -> Chat:
     """Load a converted checkpoint (and adapter) to talk to; raises UserError before anything slow if it cannot work."""
     from entrypoints.engines.transformers_engine import TransformersEngine

@@ -54,7 +54,9 @@ def evaluate(predictions: Iterable[Prediction], output: Path, bleu_tokens: str =
     found.sort(key=lambda prediction: prediction.index)
     file.write_text("".join(_line(prediction) for prediction in found), encoding="utf-8")
     scores = scoring.score([row.prediction for row in found], [row.reference for row in found], bleu_tokens)
-    (output / SCORES_FILE).write_text(json.dumps(scores.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / SCORES_FILE).write_text(
+        json.dumps(scores.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return scores
 
 

@@ -137,7 +137,7 @@ class PromptFormat:
         return TrainingRow(ids + target, labels + target, source_cut, target_cut)
 
     def fit(self, messages: Iterable, codec: TextCodec, room: int) -> tuple[list[Message], int]:
-        """The conversation without its oldest turns, so that its prompt has at most `room` ids; and how many turns went.
+        """The conversation without as many oldest turns as leave a prompt of `room` ids; and how many went.
 
         The system turn and the last question always stay. Raises UserError, with both numbers, if these do not fit.
         """
@@ -146,7 +146,9 @@ class PromptFormat:
         while (length := len(self._frame(turns, codec)[0])) > room:
             shorter = _without_oldest_turn(turns)
             if shorter is None:
-                raise UserError(f"the prompt has {length} tokens and {room} fit", "shorten the question or allow fewer new tokens")
+                raise UserError(
+                    f"the prompt has {length} tokens and {room} fit", "shorten the question or allow fewer new tokens"
+                )
             dropped += len(turns) - len(shorter)
             turns = shorter
         return turns, dropped
@@ -159,7 +161,9 @@ class PromptFormat:
         control = json.dumps(CONTROL_TOKENS)
         prefix = json.dumps(self.source_prefix, ensure_ascii=False)
         body = _CHATGLM3_JINJA if self.template == "chatglm3" else _ROUND_JINJA
-        return _GUARD_JINJA.replace("CONTROL", control) + body.replace("PREFIX", prefix).replace("INTRODUCTION", json.dumps(TOOLS_INTRODUCTION))
+        return _GUARD_JINJA.replace("CONTROL", control) + body.replace("PREFIX", prefix).replace(
+            "INTRODUCTION", json.dumps(TOOLS_INTRODUCTION)
+        )
 
     def _frame(self, turns: Sequence[Message], codec: TextCodec) -> tuple[list[int], list[bool]]:
         """Ids of a prompt and, for each, whether it is taught (it belongs to or ends an earlier answer)."""
@@ -180,7 +184,9 @@ class PromptFormat:
     def _answer(self, answer: Message, codec: TextCodec, room: int) -> tuple[list[int], bool]:
         header = codec.encode(f"{answer.metadata}\n") if self.template == "chatglm3" else []
         if len(header) >= room:
-            raise UserError(f"max_target_length {room} does not hold the answer's header", f"use at least {len(header) + 1}")
+            raise UserError(
+                f"max_target_length {room} does not hold the answer's header", f"use at least {len(header) + 1}"
+            )
         text = _longest(answer.content, lambda text: len(header) + len(codec.encode(text)) <= room)
         return header + codec.encode(text), text != answer.content
 
@@ -190,23 +196,22 @@ class PromptFormat:
         Raises UserError when the frame alone has more ids.
         """
 
-        def fits(candidate: list[Message]) -> bool:
-            return len(self._frame(candidate, codec)[0]) <= room
+        def length(candidate: list[Message]) -> int:
+            return len(self._frame(candidate, codec)[0])
 
-        cut = False
-        while not fits(turns):
-            cut = True
-            shorter = _without_oldest_turn(turns)
-            if shorter is None:
-                *before, question = turns
-                empty = replace(question, content="")
-                if not fits([*before, empty]):
-                    frame = len(self._frame([*before, empty], codec)[0])
-                    raise UserError(f"max_source_length {room} does not hold the prompt's frame", f"use at least {frame}")
-                text = _longest(question.content, lambda text: fits([*before, replace(question, content=text)]))
-                return [*before, replace(question, content=text)], True
-            turns = shorter
-        return turns, cut
+        kept = turns
+        while length(kept) > room and (shorter := _without_oldest_turn(kept)):
+            kept = shorter
+        if length(kept) <= room:
+            return kept, len(kept) < len(turns)
+        *before, question = kept
+
+        def asking(text: str) -> list[Message]:
+            return [*before, replace(question, content=text)]
+
+        if (frame := length(asking(""))) > room:
+            raise UserError(f"max_source_length {room} does not hold the prompt's frame", f"use at least {frame}")
+        return asking(_longest(question.content, lambda text: length(asking(text)) <= room)), True
 
     def _round_text(self, turns: Sequence[Message]) -> str:
         text, number = self.source_prefix, 0
@@ -249,7 +254,9 @@ def _longest(text: str, fits: Callable[[str], bool]) -> str:
 # The tokenizer puts the SentencePiece dummy prefix in front of each stretch between special tokens, so a header has its
 # own; the one of the body is the blank written after the header's newline.
 _GUARD_JINJA = """\
-{%- for message in messages %}{% for token in CONTROL %}{% if token in (message.content or '') ~ (message.metadata or '') -%}
+{%- for message in messages -%}
+{%- set text = (message.content or '') ~ (message.metadata or '') ~ (message.tools or '') ~ (tools or '') -%}
+{%- for token in CONTROL %}{% if token in text -%}
 {{ raise_exception('turn ' ~ loop.index0 ~ ' holds the letters of a control token; encode it with token ids instead') }}
 {%- endif %}{% endfor %}{% endfor -%}
 """

@@ -30,4 +30,6 @@ class Sampling:
         wrong = {name: words for name, (fine, words) in bounds.items() if not fine}
         if wrong:
             values = ", ".join(f"{name}={getattr(self, name)}" for name in wrong)
-            raise UserError(f"out of bounds: {values}", ", ".join(f"{name} is {words}" for name, words in wrong.items()))
+            raise UserError(
+                f"out of bounds: {values}", ", ".join(f"{name} is {words}" for name, words in wrong.items())
+            )

@@ -1,4 +1,4 @@
-"""Every environment variable this product reads, and nothing else: a flag beats a variable, a variable beats a default."""
+"""Every environment variable this product reads: a flag beats a variable, a variable beats a default."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -43,7 +43,9 @@ class Settings:
         settings = cls(**given)
         allowed = {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS, "device": DEVICES}
         wrong = [
-            f"{name.upper()}={getattr(settings, name)}" for name in allowed if getattr(settings, name) not in allowed[name]
+            f"{name.upper()}={getattr(settings, name)}"
+            for name in allowed
+            if getattr(settings, name) not in allowed[name]
         ]
         if wrong:
             choices = ", ".join(f"{name.upper()} {'|'.join(values)}" for name, values in allowed.items())

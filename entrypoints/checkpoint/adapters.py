@@ -113,17 +113,33 @@ def _lora(source: Path, shape: Shape) -> tuple[str, dict[str, torch.Tensor], dic
         match = LORA_KEY.fullmatch(name.replace(".default.", "."))
         entry = entries.get(match[1]) if match else None
         if entry is None:
-            raise UserError(f"{source} holds {name}, which the base model has no place for", "is --base the right model?")
+            raise UserError(
+                f"{source} holds {name}, which the base model has no place for", "is --base the right model?"
+            )
         expected = (config["r"], entry.columns[0]) if match[2] == "A" else (entry.shape[0], config["r"])
         if tuple(tensor.shape) != expected:
-            raise UserError(f"{source}: {name} is {list(tensor.shape)}, the base model needs {list(expected)}", "use the base it was tuned on")
+            raise UserError(
+                f"{source}: {name} is {list(tensor.shape)}, the base model needs {list(expected)}",
+                "use the base it was tuned on",
+            )
         parts = [tensor.clone() for _ in entry.native] if match[2] == "A" else tensor.split(entry.rows)
         for native, part in zip(entry.native, parts, strict=True):
             module = native.removesuffix(".weight")
             targets.add(module.rpartition(".")[2])
             data[f"base_model.model.{module}.lora_{match[2]}.weight"] = part.contiguous()
     kept = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora") if key in config}
-    return LORA_FILE, data, {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True, **kept, "target_modules": sorted(targets)}
+    return (
+        LORA_FILE,
+        data,
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "bias": "none",
+            "inference_mode": True,
+            **kept,
+            "target_modules": sorted(targets),
+        },
+    )
 
 
 def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -147,7 +163,12 @@ def _prefix(source: Path, shape: Shape) -> tuple[str, dict[str, torch.Tensor], d
     expected = {"embedding.weight": (length, values)}
     if config.get("prefix_projection"):
         middle = (shape.hidden, values)
-        expected |= {"trans.0.weight": middle, "trans.0.bias": middle[:1], "trans.2.weight": middle[::-1], "trans.2.bias": middle[1:]}
+        expected |= {
+            "trans.0.weight": middle,
+            "trans.0.bias": middle[:1],
+            "trans.2.weight": middle[::-1],
+            "trans.2.bias": middle[1:],
+        }
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if shapes != expected:
         raise UserError(
@@ -192,4 +213,7 @@ def _check_lora(folder: Path, config: dict, base: Shape) -> None:
         rows, columns = modules.get(match[1], (None, None)) if match else (None, None)
         expected = [config.get("r"), columns] if match and match[2] == "A" else [rows, config.get("r")]
         if entry["shape"] != expected:
-            raise UserError(f"{file}: {name} is {entry['shape']}, the base model needs {expected}", "use the base model it was tuned on")
+            raise UserError(
+                f"{file}: {name} is {entry['shape']}, the base model needs {expected}",
+                "use the base model it was tuned on",
+            )

@@ -51,7 +51,8 @@ def convert_to_native(
     tokenizer = Tokenizer(backend)
     if tokenizer.size > shape.vocabulary:
         raise UserError(
-            f"{source / VOCABULARY_FILE} has {tokenizer.size} ids, config.json {shape.vocabulary}", "use the vocabulary of this checkpoint"
+            f"{source / VOCABULARY_FILE} has {tokenizer.size} ids, config.json {shape.vocabulary}",
+            "use the vocabulary of this checkpoint",
         )
     with written_beside(target, overwrite) as folder:
         require_space(folder, _size(stored, dtype))
@@ -103,7 +104,7 @@ def _native_parts(shape: Shape) -> list[Part]:
 def _write_weights(
     stored: TensorFiles, parts: list[Part], folder: Path, dtype: str, extra: Callable[[torch.dtype], dict] | None = None
 ) -> str:
-    """Write safetensors shards and their index; returns the dtype's name. Parts are grouped by the file they come from."""
+    """Write safetensors shards, grouped by the file they come from, and their index; returns the dtype's name."""
     as_dtype = None if dtype == "keep" else getattr(torch, dtype)
     shards = list(_shards(stored, parts, as_dtype))
     weight_map, total, written_dtype = {}, 0, torch.float16
@@ -132,7 +133,9 @@ def _shards(stored: TensorFiles, parts: Iterable[Part], as_dtype: torch.dtype | 
     shard, size = [], 0
     for part in sorted(parts, key=lambda part: stored.tensors[part.sources[0]].file.name):
         first = stored.tensors[part.sources[0]]
-        rows = sum(stored.tensors[name].shape[0] for name in part.sources) if part.stop is None else part.stop - part.start
+        rows = (
+            sum(stored.tensors[name].shape[0] for name in part.sources) if part.stop is None else part.stop - part.start
+        )
         bytes_ = rows * torch.Size(first.shape[1:]).numel() * (as_dtype or first.dtype).itemsize
         if shard and size + bytes_ > SHARD_BYTES:
             yield shard
@@ -166,7 +169,9 @@ def _inverse_frequencies(shape: Shape) -> Callable[[torch.dtype], dict[str, torc
 def _size(stored: TensorFiles, dtype: str) -> int:
     if dtype == "keep":
         return stored.size
-    return sum(tensor.size // tensor.dtype.itemsize for tensor in stored.tensors.values()) * getattr(torch, dtype).itemsize
+    return (
+        sum(tensor.size // tensor.dtype.itemsize for tensor in stored.tensors.values()) * getattr(torch, dtype).itemsize
+    )
 
 
 def _download(source: Path) -> dict:

@@ -18,7 +18,8 @@ def refuse_lfs_pointer(file: Path) -> None:
     with file.open("rb") as stream:
         if stream.read(len(LFS_MARK)) == LFS_MARK:
             raise UserError(
-                f"{file} is a Git LFS pointer, not the file itself", "run `git lfs pull` in that folder, or use glm download"
+                f"{file} is a Git LFS pointer, not the file itself",
+                "run `git lfs pull` in that folder, or use glm download",
             )
 
 
@@ -52,7 +53,8 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"{folder} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free", "free space or choose another disk"
+            f"{folder} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free",
+            "free space or choose another disk",
         )
 
 
@@ -85,7 +87,9 @@ def written_beside(target: Path, overwrite: bool = False) -> Iterator[Path]:
             yield partial
             _replace(target, partial)
         except OSError as error:
-            raise UserError(f"writing {target} failed: {error.strerror or error}", "free space or check the disk") from error
+            raise UserError(
+                f"writing {target} failed: {error.strerror or error}", "free space or check the disk"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             Path(lock.name).unlink(missing_ok=True)

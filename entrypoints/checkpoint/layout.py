@@ -78,7 +78,8 @@ class Shape:
             raise UserError(f"{file} is in the original layout", "convert it first: glm convert SRC DST")
         if config.get("model_type") != "glm":
             raise UserError(
-                f"{file} says model_type {config.get('model_type')!r}", "name the folder of a converted ChatGLM3 checkpoint"
+                f"{file} says model_type {config.get('model_type')!r}",
+                "name the folder of a converted ChatGLM3 checkpoint",
             )
         try:
             return cls(
@@ -115,7 +116,11 @@ class Shape:
             "num_key_value_heads": self.groups,
             "pad_token_id": pad_id,
             "rms_norm_eps": self.norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000 * self.rope_ratio, "partial_rotary_factor": 0.5},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000 * self.rope_ratio,
+                "partial_rotary_factor": 0.5,
+            },
             "tie_word_embeddings": False,
             "vocab_size": self.vocabulary,
         }
@@ -188,7 +193,9 @@ def tensors(shape: Shape) -> list[Entry]:
             _one(old + "input_layernorm.weight", new + "input_layernorm.weight", shape.hidden),
             Entry(fused + "weight", tuple(name + "weight" for name in qkv), shape.qkv_rows, hidden),
             Entry(fused + "bias", tuple(name + "bias" for name in qkv), shape.qkv_rows, ()),
-            _one(old + "self_attention.dense.weight", new + "self_attn.o_proj.weight", shape.hidden, (shape.qkv_rows[0],)),
+            _one(
+                old + "self_attention.dense.weight", new + "self_attn.o_proj.weight", shape.hidden, (shape.qkv_rows[0],)
+            ),
             _one(old + "post_attention_layernorm.weight", new + "post_attention_layernorm.weight", shape.hidden),
             _one(old + "mlp.dense_h_to_4h.weight", new + "mlp.gate_up_proj.weight", 2 * shape.ffn, hidden),
             _one(old + "mlp.dense_4h_to_h.weight", new + "mlp.down_proj.weight", shape.hidden, (shape.ffn,)),
@@ -209,6 +216,8 @@ def _refuse_other_models(config: dict, file: Path) -> None:
     if kind == "glm":
         raise UserError(f"{file} is a converted checkpoint already", "use it as it is")
     if kind != "chatglm":
-        raise UserError(f"{file} says model_type {kind!r}, not 'chatglm'", "name a ChatGLM3 checkpoint in its original layout")
+        raise UserError(
+            f"{file} says model_type {kind!r}, not 'chatglm'", "name a ChatGLM3 checkpoint in its original layout"
+        )
     if "inner_hidden_size" in config or "position_encoding_2d" in config:
         raise UserError(f"{file} is the first ChatGLM-6B, another architecture", "use ChatGLM3-6B")

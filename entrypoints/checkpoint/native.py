@@ -55,7 +55,7 @@ def open_native(folder: Path, verify: bool = False) -> NativeCheckpoint:
 
 
 def write_settings(folder: Path, shape: Shape, dtype: str, tokenizer: Tokenizer, prompt_format: PromptFormat) -> None:
-    """Write all small files but the vocabulary: config, generation config, tokenizer config, chat template, prompt format."""
+    """Write all small files but the vocabulary: configs of model, generation and tokenizer, and the prompt format."""
     write_json(folder / "config.json", shape.native_config(dtype, tokenizer.stop_ids, tokenizer.pad_id))
     default = Sampling()
     write_json(

@@ -59,7 +59,9 @@ class TensorFiles:
             ],
         )
         if problems:
-            raise UserError(f"{self.folder} has tensors {'; '.join(problems)}", "fetch the checkpoint again, config.json too")
+            raise UserError(
+                f"{self.folder} has tensors {'; '.join(problems)}", "fetch the checkpoint again, config.json too"
+            )
 
     @property
     def size(self) -> int:
@@ -131,8 +133,10 @@ def _open(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         return
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
-        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0][:200]})", "copy or download the file again") from error
+    except Exception as error:
+        raise UserError(
+            f"{file} cannot be read ({str(error).splitlines()[0][:200]})", "copy or download the file again"
+        ) from error
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             raise UserError(f"{file} holds {name}, which is no tensor", "name a plain checkpoint")

@@ -37,7 +37,9 @@ def convert_vocabulary(model_file: Path) -> tokenizers.Tokenizer:
     vocabulary = {pieces.IdToPiece(id_): id_ for id_ in range(size)}
     if not any(pieces.IsByte(id_) for id_ in range(size)):
         raise UserError(f"{model_file} has no byte pieces", "use the vocabulary of ChatGLM3")
-    ordinary = [id_ for id_ in range(size) if not (pieces.IsByte(id_) or pieces.IsControl(id_) or pieces.IsUnknown(id_))]
+    ordinary = [
+        id_ for id_ in range(size) if not (pieces.IsByte(id_) or pieces.IsControl(id_) or pieces.IsUnknown(id_))
+    ]
     merges = _merges({pieces.IdToPiece(id_): pieces.GetScore(id_) for id_ in ordinary}, vocabulary)
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges, unk_token=pieces.IdToPiece(pieces.unk_id()), fuse_unk=True, byte_fallback=True)
@@ -46,7 +48,9 @@ def convert_vocabulary(model_file: Path) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in CONTROL_TOKENS])
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in CONTROL_TOKENS]
+    )
     start = [(name, tokenizer.token_to_id(name)) for name in ("[gMASK]", "<sop>")]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B:1", special_tokens=start
@@ -119,9 +123,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     refuse_lfs_pointer(file)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for every damaged file
+    except Exception as error:
         raise UserError(f"{file} cannot be read ({error})", "convert the checkpoint again") from error
     missing = [name for name in (*CONTROL_TOKENS, "</s>", "<unk>") if backend.token_to_id(name) is None]
     if missing:
-        raise UserError(f"{file} lacks {', '.join(missing)}", "this is no ChatGLM3 vocabulary; convert one with glm convert")
+        raise UserError(
+            f"{file} lacks {', '.join(missing)}", "this is no ChatGLM3 vocabulary; convert one with glm convert"
+        )
     return Tokenizer(backend)

@@ -16,7 +16,7 @@ class Engine(Protocol):
     window: int  # tokens of prompt and answer together
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int, None, None]:
-        """Yield the answer's ids one by one, without the stop id. Closing the generator stops the model at the next token.
+        """Yield the answer's ids one by one, without the stop id; closing the generator stops the model.
 
         Raises UserError when the prompt leaves no room in the window.
         """

@@ -33,7 +33,7 @@ class Placement:
 
 
 def place(shape: Shape, device: str = "auto", dtype: str = "auto") -> Placement:
-    """Decide for this machine; raises UserError when the device is absent or the memory too small, before any loading."""
+    """Decide for this machine; raises UserError, before any loading, when device or memory are not there."""
     kind = _kind(device)
     chosen = _dtype(kind, dtype)
     needed = int(weight_bytes(shape, chosen.itemsize) * HEADROOM)
@@ -42,7 +42,7 @@ def place(shape: Shape, device: str = "auto", dtype: str = "auto") -> Placement:
         return Placement(spread(shape, gpus_needed(needed, free)), chosen)
     if kind == "cpu" and (available := available_memory()) < needed:
         raise UserError(
-            f"the model needs {needed / 1e9:.1f} GB of memory in {str(chosen).removeprefix('torch.')}, {available / 1e9:.1f} GB are available",
+            f"the model needs {needed / 1e9:.1f} GB of memory in {chosen}, {available / 1e9:.1f} GB are available",
             "free memory, or use --dtype bfloat16 or a quantised model",
         )
     return Placement({"": kind}, chosen)
@@ -58,8 +58,9 @@ def gpus_needed(needed: int, free: Sequence[int]) -> int:
     for count in range(1, len(free) + 1):
         if min(free[:count]) * count >= needed:
             return count
+    sizes = ", ".join(f"{size / 1e9:.1f}" for size in free)
     raise UserError(
-        f"the model needs {needed / 1e9:.1f} GB, the GPUs have {', '.join(f'{size / 1e9:.1f}' for size in free)} GB free",
+        f"the model needs {needed / 1e9:.1f} GB, the GPUs have {sizes} GB free",
         "free GPU memory, use more GPUs or a quantised model",
     )
 

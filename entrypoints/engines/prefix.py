@@ -13,7 +13,7 @@ class PrefixedGlm(GlmForCausalLM):
 
     prefix: torch.Tensor
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, **kwargs):  # noqa: ANN001, ANN201
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, **kwargs):
         """As GlmForCausalLM; attention_mask and position_ids (from 0) speak of the real tokens only."""
         batch, length = input_ids.shape
         prefix_length = self.prefix.shape[2]
@@ -31,5 +31,7 @@ class PrefixedGlm(GlmForCausalLM):
     def _fill(self, cache: DynamicCache, batch: int) -> None:
         for number, layer in enumerate(self.model.layers):
             weight = layer.self_attn.k_proj.weight  # a model spread over devices needs each layer's prefix at its place
-            keys, values = self.prefix[2 * number : 2 * number + 2].to(weight).unsqueeze(1).expand(-1, batch, -1, -1, -1)
+            keys, values = (
+                self.prefix[2 * number : 2 * number + 2].to(weight).unsqueeze(1).expand(-1, batch, -1, -1, -1)
+            )
             cache.update(keys, values, number)

@@ -36,16 +36,20 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that become a `Sampling`."""
     default = Sampling()
     parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="longest answer")
-    parser.add_argument("--temperature", type=float, default=default.temperature, help="0 always takes the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=default.temperature, help="0 always takes the likeliest token"
+    )
     parser.add_argument("--top-p", type=float, default=default.top_p, help="share of probability to choose from")
     parser.add_argument("--top-k", type=int, help="number of tokens to choose from")
-    parser.add_argument("--repetition-penalty", type=float, default=default.repetition_penalty, help="above 1 repeats less")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=default.repetition_penalty, help="above 1 repeats less"
+    )
     parser.add_argument("--seed", type=int, help="the same answer for the same seed")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Load the model and answer until the questions end."""
-    _read_any_bytes()
+    sys.stdin.reconfigure(errors="replace")  # broken text in a pipe or a paste must not end the talk
     sampling = Sampling(
         args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed
     )
@@ -75,7 +79,7 @@ def _answer(chat: object, turns: list[Message], sampling: Sampling, as_json: boo
 
     reply, stream = None, chat.reply(turns, sampling)
     try:
-        for reply, text in stream:
+        for reply, text in stream:  # noqa: B007 - the last reply is used below
             if not as_json:
                 print(text, end="", flush=True)
     except KeyboardInterrupt:
@@ -127,9 +131,3 @@ def _questions() -> Iterator[str]:
 def _clear_screen() -> None:
     if sys.stdout.isatty():
         print("\033[2J\033[H", end="", flush=True)
-
-
-def _read_any_bytes() -> None:
-    """Broken UTF-8 in a pipe or a paste must not end the talk, and an answer prints under any locale."""
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write; appears whole or not at all")
     parser.add_argument("--to", choices=("native", "original"), default="native", help="layout to write")
     parser.add_argument("--base", type=Path, help="for a LoRA adapter: the converted checkpoint it was tuned on")
-    parser.add_argument("--dtype", choices=("keep", "float16", "bfloat16", "float32"), default="keep", help="precision to write")
+    parser.add_argument(
+        "--dtype", choices=("keep", "float16", "bfloat16", "float32"), default="keep", help="precision to write"
+    )
     parser.add_argument("--template", choices=TEMPLATES, default="chatglm3", help="prompt format SRC was tuned with")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
 

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int | None:
 
     Raises UserError: anything in the file, the columns or the sizes that the user can mend.
     """
-    _print(_check(args, settings) if args.action == "check" else _split(args))
+    print(_check(args, settings) if args.action == "check" else _split(args))
 
 
 def _add_check(actions: argparse._SubParsersAction) -> None:
@@ -88,14 +88,20 @@ def _split(args: argparse.Namespace) -> str:
 
 
 def _token_counter(model: Path) -> Callable[[Example], tuple[int, int]]:
-    """Lengths of prompt (history included) and response in the tokens of a model folder."""
+    """Lengths of prompt (frame and history included) and response in a model's tokens, as training counts them."""
+    from entrypoints.checkpoint.native import read_prompt_format
     from entrypoints.checkpoint.tokenizer import load_tokenizer
+    from entrypoints.prompt import Message, as_messages
 
-    tokenizer = load_tokenizer(model)
+    tokenizer, prompt_format = load_tokenizer(model), read_prompt_format(model)
 
     def count(example: Example) -> tuple[int, int]:
-        asked = [text for pair in example.history for text in pair] + [example.prompt]
-        return sum(len(tokenizer.encode(text)) for text in asked), len(tokenizer.encode(example.response))
+        turns = [*as_messages(example.history), Message("user", example.prompt)]
+        whole = prompt_format.encode_for_training(
+            [*turns, Message("assistant", example.response)], tokenizer, sys.maxsize, sys.maxsize
+        )
+        prompt = len(prompt_format.encode(turns, tokenizer))
+        return prompt, len(whole.ids) - prompt - 1
 
     return count
 
@@ -109,9 +115,3 @@ def _positive(text: str) -> int:
 
 def _as_json(fields: dict) -> str:
     return json.dumps(fields, ensure_ascii=False, indent=2)
-
-
-def _print(text: str) -> None:
-    """Print, with escapes for what the terminal cannot show: a C locale must not end in a UnicodeEncodeError."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))

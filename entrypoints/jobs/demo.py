@@ -88,7 +88,9 @@ def _say(text: str) -> None:
 
 
 def _summary(folder: Path, seconds: float) -> None:
-    scores = {name: json.loads((folder / f"scores-{name}" / "predict_results.json").read_text()) for name in ("train", "dev")}
+    scores = {
+        name: json.loads((folder / f"scores-{name}" / "predict_results.json").read_text()) for name in ("train", "dev")
+    }
     _say(f"Done in {seconds:.0f} seconds. This is a toy: it recites its sample and knows nothing else.")
     for name, label in (("train", "rows it learnt"), ("dev", "rows it never saw")):
         row = scores[name]

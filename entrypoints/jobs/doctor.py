@@ -26,14 +26,19 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     _line("python", f"{platform.python_version()} ({sys.executable})")
     for name in PACKAGES:
         _line(name, _version(name))
-    _line("processor", f"{torch.get_num_threads()} threads, bfloat16 in hardware: {'yes' if cpu_computes_bf16() else 'no'}")
+    _line(
+        "processor",
+        f"{torch.get_num_threads()} threads, bfloat16 in hardware: {'yes' if cpu_computes_bf16() else 'no'}",
+    )
     _line("memory", f"{available_memory() / 1e9:.1f} GB available")
     _line("disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free in {Path.cwd()}")
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         _line(f"gpu {number}", f"{torch.cuda.get_device_name(number)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
     if not torch.cuda.is_available():
-        _line("gpu", "none" if torch.version.cuda is None else "none, though this torch is a CUDA build: check the driver")
+        _line(
+            "gpu", "none" if torch.version.cuda is None else "none, though this torch is a CUDA build: check the driver"
+        )
     _line("settings", str(settings))
     model = args.model or (Path(settings.model_path) if settings.model_path else None)
     if model:
@@ -45,7 +50,10 @@ def _check_model(folder: Path, settings: Settings) -> None:
     from entrypoints.engines.placement import place, weight_bytes
 
     checkpoint = open_native(folder)
-    _line("model", f"{folder}, {checkpoint.shape.layers} layers, window {checkpoint.shape.window}, files as they should be")
+    _line(
+        "model",
+        f"{folder}, {checkpoint.shape.layers} layers, window {checkpoint.shape.window}, files as they should be",
+    )
     for name, size in (("float32", 4), ("bfloat16", 2)):
         _line(f"  {name}", f"{weight_bytes(checkpoint.shape, size) / 1e9:.2f} GB of weights")
     _line("  goes to", str(place(checkpoint.shape, settings.device)))

@@ -25,16 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--response-column", help="column of the reference; as in training if not given, else summary")
     parser.add_argument("--history-column", help="column of earlier pairs; as in training if not given")
     parser.add_argument("--encoding", default="utf-8", help="of the file; gb18030 for GBK")
-    parser.add_argument("--max-source-length", type=int, help="most tokens of a prompt; as in training if not given, else 512")
-    parser.add_argument("--max-target-length", type=int, help="most tokens of an answer; as in training if not given, else 512")
+    parser.add_argument(
+        "--max-source-length", type=int, help="most tokens of a prompt; as in training if not given, else 512"
+    )
+    parser.add_argument(
+        "--max-target-length", type=int, help="most tokens of an answer; as in training if not given, else 512"
+    )
     parser.add_argument("--max-predict-samples", type=int, help="answer only the first rows")
     parser.add_argument("--per-device-eval-batch-size", type=int, default=8, help="rows at once")
-    parser.add_argument("--bleu-tokens", choices=("characters", "words"), default="characters", help="what BLEU-4 counts")
+    parser.add_argument(
+        "--bleu-tokens", choices=("characters", "words"), default="characters", help="what BLEU-4 counts"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="share of probability to choose from")
     parser.add_argument("--seed", type=int, default=42, help="for a temperature above 0")
     parser.add_argument("--device", choices=DEVICES, help="overrides DEVICE")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights"
+    )
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--train-file", type=Path, required=True, help="rows to learn: JSON lines, an array or objects")
     data.add_argument("--validation-file", type=Path, help="rows whose loss is logged after each epoch")
-    data.add_argument("--test-file", type=Path, help="rows to answer and score at the end (with --predict-with-generate)")
+    data.add_argument(
+        "--test-file", type=Path, help="rows to answer and score at the end (with --predict-with-generate)"
+    )
     data.add_argument("--prompt-column", default="content", help="column of the question")
     data.add_argument("--response-column", default="summary", help="column of the answer")
     data.add_argument("--history-column", help="column of earlier [question, answer] pairs")
@@ -39,21 +41,29 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--model-name-or-path", type=Path, help="converted checkpoint; overrides MODEL_PATH")
     group.add_argument("--output-dir", type=Path, required=True, help="folder for the tuned checkpoint")
-    group.add_argument("--overwrite-output-dir", action="store_true", help="replace the checkpoints in a folder that is not empty")
+    group.add_argument(
+        "--overwrite-output-dir", action="store_true", help="replace the checkpoints in a folder that is not empty"
+    )
     group.add_argument("--do-train", action="store_true", help="accepted; training is what this job does")
-    group.add_argument("--predict-with-generate", action="store_true", help="answer and score --test-file with the tuned model")
+    group.add_argument(
+        "--predict-with-generate", action="store_true", help="answer and score --test-file with the tuned model"
+    )
     group.add_argument("--logging-steps", type=int, default=10, help="steps between log lines")
     group.add_argument("--save-steps", type=int, default=500, help="steps between checkpoints")
     group.add_argument("--save-total-limit", type=int, help="keep only so many checkpoints, the newest")
     group.add_argument("--seed", type=int, default=42, help="of the order of rows and of dropout")
     group.add_argument("--device", choices=DEVICES, help="overrides DEVICE")
-    group.add_argument("--quantization-bit", type=int, choices=(4, 8), help="refused: quantised weights cannot be tuned in full")
+    group.add_argument(
+        "--quantization-bit", type=int, choices=(4, 8), help="refused: quantised weights cannot be tuned in full"
+    )
 
 
 def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
     group.add_argument("--learning-rate", type=float, default=5e-5, help="at its highest")
-    group.add_argument("--lr-scheduler-type", choices=("linear", "cosine", "constant"), default="linear", help="its course")
+    group.add_argument(
+        "--lr-scheduler-type", choices=("linear", "cosine", "constant"), default="linear", help="its course"
+    )
     group.add_argument("--warmup-steps", type=int, default=0, help="steps until it is at its highest")
     group.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
     group.add_argument("--num-train-epochs", type=float, default=3.0, help="passes over the rows")
@@ -124,6 +134,8 @@ def _prove(folder: Path, args: argparse.Namespace, tests: list) -> None:
     if args.predict_with_generate:
         scoring.self_test()
         sampling = Sampling(max_new_tokens=args.max_target_length, temperature=0)
-        predictions = evaluation.predict(engine, tests, sampling, args.max_source_length, args.per_device_eval_batch_size)
+        predictions = evaluation.predict(
+            engine, tests, sampling, args.max_source_length, args.per_device_eval_batch_size
+        )
         scores = evaluation.evaluate(predictions, folder)
         logger.info("scores of %s: %s", args.test_file, scores.as_dict())

@@ -1,6 +1,6 @@
 """What a training run is told; the names are those of the ChatGLM fine-tuning scripts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from entrypoints.dataset.reading import Columns
@@ -19,7 +19,7 @@ class TrainArguments:
     train_file: Path
     output_dir: Path
     validation_file: Path | None = None
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
     encoding: str = "utf-8"
     prompt_format: PromptFormat | None = None  # None: the one the checkpoint was taught
     overwrite_output_dir: bool = False

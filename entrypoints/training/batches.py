@@ -1,4 +1,4 @@
-"""Rows to batches: encoded once, before any process waits for another, and padded only to the longest row of a batch."""
+"""Rows to batches: encoded once, before any process waits, and padded only to the longest row of a batch."""
 
 import logging
 from collections.abc import Sequence
@@ -44,12 +44,16 @@ def encode_rows(examples: Sequence[Example], encoder: RowEncoder, workers: int =
     Raises UserError when the limits do not hold the prompt's frame.
     """
     rows = [
-        {"prompt": row.prompt, "response": row.response, "history": [list(pair) for pair in row.history]} for row in examples
+        {"prompt": row.prompt, "response": row.response, "history": [list(pair) for pair in row.history]}
+        for row in examples
     ]
     workers = min(workers, len(rows))
     encoder(rows[0])  # limits that hold no frame fail here, before worker processes start
     encoded = Dataset.from_list(rows).map(
-        encoder, remove_columns=["prompt", "response", "history"], num_proc=workers if workers > 1 else None, desc="rows"
+        encoder,
+        remove_columns=["prompt", "response", "history"],
+        num_proc=workers if workers > 1 else None,
+        desc="rows",
     )
     cut = {name: sum(encoded[name]) for name in ("source_cut", "target_cut")}
     lengths = encoded["length"]

@@ -48,7 +48,9 @@ def train(arguments: TrainArguments) -> Path:
     result = trainer.train()
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
-    trainer.model.to(getattr(torch, _dtype_name(base.files)))  # as the base is stored, not in the precision of the optimizer
+    trainer.model.to(
+        getattr(torch, _dtype_name(base.files))
+    )  # as the base is stored, not in the precision of the optimizer
     trainer.save_model()
     finishing.complete(arguments.output_dir)
     return arguments.output_dir
@@ -98,7 +100,9 @@ def _prepare_output(arguments: TrainArguments, base: NativeCheckpoint) -> None:
         raise UserError(f"--output-dir {folder} is a file", "name a folder")
     if folder.is_dir() and any(folder.iterdir()):
         if not arguments.overwrite_output_dir:
-            raise UserError(f"--output-dir {folder} is not empty", "choose another folder, or add --overwrite-output-dir")
+            raise UserError(
+                f"--output-dir {folder} is not empty", "choose another folder, or add --overwrite-output-dir"
+            )
         for old in (*folder.glob("checkpoint-*"), *native.model_files(folder), folder / "manifest.json"):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     try:
@@ -113,7 +117,9 @@ def _trainer(
 ) -> Trainer:
     transformers_logging.disable_progress_bar()
     logger.info("loading %s", arguments.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model_name_or_path, dtype=torch.float32, local_files_only=True
+    )
     settings = TrainingArguments(
         output_dir=str(arguments.output_dir),
         per_device_train_batch_size=arguments.per_device_train_batch_size,
@@ -165,7 +171,7 @@ class _Finishing(TrainerCallback):
             "max_target_length": arguments.max_target_length,
         }
 
-    def on_save(self, args, state, control, **kwargs) -> None:  # noqa: ANN001 - the library's signature
+    def on_save(self, args, state, control, **kwargs) -> None:
         self.complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def complete(self, folder: Path) -> None:
@@ -185,14 +191,16 @@ class _Progress(TrainerCallback):
 
     bar: tqdm
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:  # noqa: ANN001
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.bar = tqdm(total=state.max_steps, desc="train", unit="step")
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:  # noqa: ANN001
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001
-        numbers = {name: value for name, value in (logs or {}).items() if name in ("loss", "eval_loss", "learning_rate")}
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        numbers = {
+            name: value for name, value in (logs or {}).items() if name in ("loss", "eval_loss", "learning_rate")
+        }
         if not numbers:
             return
         for name in ("loss", "eval_loss"):
@@ -202,9 +210,11 @@ class _Progress(TrainerCallback):
                     "lower --learning-rate, and prefer --bf16 or float32 to --fp16",
                 )
         with tqdm.external_write_mode():
-            logger.info("step %d: %s", state.global_step, ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+            logger.info(
+                "step %d: %s", state.global_step, ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            )
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:  # noqa: ANN001
+    def on_train_end(self, args, state, control, **kwargs) -> None:
         self.bar.close()
 
 

@@ -171,7 +171,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def file(self, asked: Asked) -> None:
             file = _file_of(asked)
-            commit = re.search("[0-9a-f]{40}", asked.query.get("Revision") or asked.query.get("at") or asked.path)[0]
+            given = asked.query.get("Revision") or asked.query.get("at") or asked.path
+            commit = hub.branches.get(given) or re.search("[0-9a-f]{40}", given)[0]
             body = hub.bodies.get(file, hub.revisions.get(commit, {}).get(file))
             if hub.gated_status and "authorization" not in asked.headers:
                 return self.reply(hub.gated_status, b"", {"X-Error-Code": "GatedRepo"})
@@ -263,7 +264,8 @@ def settings(huggingface: Hub, modelscope: Hub) -> Settings:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Retries follow at once; no proxy of this machine; the client of huggingface_hub is closed after each test."""
+    """Retries follow at once; this machine's proxy and offline switch do not count; connections end with the test."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_sources, "WAIT_SECONDS", 0.0)
     monkeypatch.setattr(hub_transfer, "WAIT_SECONDS", 0.0)
     monkeypatch.setenv("NO_PROXY", "*")

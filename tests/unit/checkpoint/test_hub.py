@@ -225,22 +225,6 @@ def test_what_is_there_already_needs_no_space(folder, settings, hub_files, monke
     download(MODEL, folder, "huggingface", None, settings)
 
 
-def test_an_output_folder_that_cannot_be_one_is_refused(tmp_path, settings, huggingface):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file; name a folder with --output-dir"):
-        download(MODEL, tmp_path / "file", "auto", None, settings)
-    with pytest.raises(UserError, match=r"cannot write in .*file/sub \(Not a directory\)"):
-        download(MODEL, tmp_path / "file" / "sub", "auto", None, settings)
-    assert not huggingface.asked
-
-
-def test_a_damaged_record_is_named(folder, settings):
-    folder.mkdir()
-    (folder / "download.json").write_text("{")
-    with pytest.raises(UserError, match=r"download\.json is damaged .*remove it"):
-        download(MODEL, folder, "auto", None, settings)
-
-
 def test_two_processes_at_once_fetch_every_file_once(tmp_path, settings, huggingface, wanted):
     huggingface.gate.clear()
     first = glm(MODEL, cwd=tmp_path, settings=settings)

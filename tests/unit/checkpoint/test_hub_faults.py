@@ -226,3 +226,19 @@ def test_a_disk_that_fills_up_keeps_what_is_complete(folder, settings, hub_files
     (folder / f"{WEIGHTS}.part").unlink()
     download(MODEL, folder, "auto", None, settings)
     assert (folder / WEIGHTS).read_bytes() == hub_files[WEIGHTS]
+
+
+def test_an_output_folder_that_cannot_be_one_is_refused(tmp_path, settings, huggingface):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; name a folder with --output-dir"):
+        download(MODEL, tmp_path / "file", "auto", None, settings)
+    with pytest.raises(UserError, match=r"cannot write in .*file/sub \(Not a directory\)"):
+        download(MODEL, tmp_path / "file" / "sub", "auto", None, settings)
+    assert not huggingface.asked
+
+
+def test_a_damaged_record_is_named(folder, settings):
+    folder.mkdir()
+    (folder / "download.json").write_text("{")
+    with pytest.raises(UserError, match=r"download\.json is damaged .*remove it"):
+        download(MODEL, folder, "auto", None, settings)
