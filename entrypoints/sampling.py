@@ -17,7 +17,11 @@ class Sampling:
     top_p: float = 0.8
     top_k: int | None = None  # None: no such limit
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = None  # None: another answer each time
+    top_logprobs: int | None = None  # None: no log probabilities; 0: only the chosen token's
+    json_schema: dict | None = None  # the answer must be JSON of this schema; {} for any object
 
     def __post_init__(self) -> None:
         bounds = {
@@ -26,6 +30,9 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
             "repetition_penalty": (0 < self.repetition_penalty <= 2, "above 0, at most 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2"),
+            "top_logprobs": (self.top_logprobs is None or 0 <= self.top_logprobs <= 20, "0 to 20"),
         }
         wrong = {name: words for name, (fine, words) in bounds.items() if not fine}
         if wrong:
