@@ -20,6 +20,8 @@ JOBS = {
     "train": "fine-tune all parameters on prompt/response rows",
     "evaluate": "generate answers and score them with BLEU-4 and ROUGE",
     "chat": "talk to a model in the terminal",
+    "serve": "serve a model over OpenAI's HTTP API",
+    "key": "add an API key to the key file of serve",
     "demo": "make, convert, tune, score and talk to a toy model",
     "doctor": "show what this machine offers and what is missing",
 }
@@ -35,14 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     argv = [_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
-    debug = "--debug" in argv
     try:
-        job, args = _parse(argv)
-        settings = Settings.from_env(os.environ)
-        logs.set_up(args.log_format or settings.log_format, args.log_level or settings.log_level, settings.secrets())
-        return job.run(args, settings) or 0
+        return _run(argv)
     except UserError as error:
-        if debug:
+        if "--debug" in argv:
             raise
         print(f"glm: {error}", file=sys.stderr)
         return 1
@@ -52,6 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        job, args = _parse(argv)
+        settings = Settings.from_env(os.environ)
+        logs.set_up(args.log_format or settings.log_format, args.log_level or settings.log_level, settings.secrets())
+        return job.run(args, settings) or 0
+    finally:
+        if sys.stdout:  # None where the caller closed it
+            sys.stdout.flush()  # a broken pipe shows here, not after main
 
 
 def _parse(argv: list[str]) -> tuple:

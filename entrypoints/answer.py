@@ -2,6 +2,7 @@
 
 import ast
 import codecs
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ class PieceCodec(Protocol):
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call the model asked for; `arguments` hold Python literals, `source` the text the model wrote."""
+    """A call the model asked for; `arguments` hold literals that JSON has too, `source` the text the model wrote."""
 
     name: str
     arguments: dict
@@ -40,10 +41,10 @@ class Answer:
 class TextStream:
     """Bytes of ids to text, whole characters only: a character that spans ids appears with its last one."""
 
-    def __init__(self, codec: PieceCodec) -> None:
+    def __init__(self, codec: PieceCodec, continues: bool = False) -> None:
         self._codec = codec
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._fresh = True  # the first blank of a text is SentencePiece's dummy prefix
+        self._fresh = not continues  # the first blank of a new text is SentencePiece's dummy prefix
 
     def feed(self, id_: int) -> str:
         """Text that became whole with this id, possibly empty."""
@@ -118,11 +119,10 @@ class AnswerReader:
 
     def _undecided(self) -> bool:
         """Could what was read so far still be a header or a call?"""
-        if self._held.startswith("\n"):
-            return self._held == "\n"  # the blank after the header is the body's dummy prefix
-        if not self._held or not self._tools:
-            return not self._held
         head, newline, body = self._held.partition("\n")
+        head = head.strip()
+        if not head or not self._tools:
+            return not head and not body  # the blank after an empty header is the body's dummy prefix
         if not newline:
             return any(name.startswith(head) for name in self._tools)
         return head in self._tools and _may_be_code(body)
@@ -164,7 +164,9 @@ def parse_tool_call(name: str, body: str) -> ToolCall | None:
             return None
         if call.args or any(keyword.arg is None for keyword in call.keywords):
             return None
-        return ToolCall(name, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}, body)
+        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()  # as JSON the call is handed on
+        return ToolCall(name, arguments, body)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return None
 

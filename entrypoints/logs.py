@@ -5,11 +5,14 @@ import logging
 import sys
 from collections.abc import Iterable
 
-NOISY = ("httpx", "httpx2", "httpcore2", "urllib3", "filelock", "jieba", "datasets", "modelscope")
+LIBRARIES = (
+    "accelerate", "datasets", "filelock", "httpcore2", "httpx", "httpx2", "huggingface_hub", "jieba", "modelscope",
+    "modelscope_hub", "peft", "transformers", "urllib3",
+)  # fmt: skip
 
 
 class _Redacting(logging.Formatter):
-    """Formats a record, then blanks the known secrets in the finished line (message, arguments, traceback)."""
+    """Formats a record and blanks the known secrets in all of it: message, arguments, traceback."""
 
     def __init__(self, as_json: bool, secrets: Iterable[str]) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
@@ -17,20 +20,31 @@ class _Redacting(logging.Formatter):
         self.secrets = tuple(secrets)
 
     def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
-        if self.as_json:
-            fields = {
-                "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-                "level": record.levelname.lower(),
-                "logger": record.name,
-                "message": record.getMessage(),
-            }
-            if record.exc_info:
-                fields["exception"] = self.formatException(record.exc_info)
-            line = json.dumps(fields, ensure_ascii=False)
+        if not self.as_json:
+            return self._redacted(super().format(record))
+        fields = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps({name: self._redacted(text) for name, text in fields.items()}, ensure_ascii=False)
+
+    def _redacted(self, text: str) -> str:
         for secret in self.secrets:
-            line = line.replace(secret, "***")
-        return line
+            text = text.replace(secret, "***")
+        return text
+
+
+class _Library(logging.Logger):
+    """A library's logger that keeps no handler: what it adds to itself at import would print unredacted, as text."""
+
+    propagate = property(lambda self: True, lambda self, value: None)
+
+    def addHandler(self, handler: logging.Handler) -> None:
+        """Leave it out; the root's handler prints the record."""
 
 
 def set_up(log_format: str = "text", level: str = "info", secrets: Iterable[str] = ()) -> None:
@@ -38,5 +52,8 @@ def set_up(log_format: str = "text", level: str = "info", secrets: Iterable[str]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Redacting(log_format == "json", secrets))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for name in NOISY:
-        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    for name in LIBRARIES:
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.__class__ = _Library
+        library.setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -161,9 +161,9 @@ class PromptFormat:
         control = json.dumps(CONTROL_TOKENS)
         prefix = json.dumps(self.source_prefix, ensure_ascii=False)
         body = _CHATGLM3_JINJA if self.template == "chatglm3" else _ROUND_JINJA
-        return _GUARD_JINJA.replace("CONTROL", control) + body.replace("PREFIX", prefix).replace(
-            "INTRODUCTION", json.dumps(TOOLS_INTRODUCTION)
-        )
+        introduction = json.dumps(TOOLS_INTRODUCTION)
+        guarded = _GUARD_JINJA.replace("CONTROL", control) + body.replace("INTRODUCTION", introduction)
+        return guarded.replace("PREFIX", prefix)  # last: it may hold any text
 
     def _frame(self, turns: Sequence[Message], codec: TextCodec) -> tuple[list[int], list[bool]]:
         """Ids of a prompt and, for each, whether it is taught (it belongs to or ends an earlier answer)."""
@@ -254,10 +254,13 @@ def _longest(text: str, fits: Callable[[str], bool]) -> str:
 # The tokenizer puts the SentencePiece dummy prefix in front of each stretch between special tokens, so a header has its
 # own; the one of the body is the blank written after the header's newline.
 _GUARD_JINJA = """\
-{%- for message in messages -%}
-{%- set text = (message.content or '') ~ (message.metadata or '') ~ (message.tools or '') ~ (tools or '') -%}
-{%- for token in CONTROL %}{% if token in text -%}
-{{ raise_exception('turn ' ~ loop.index0 ~ ' holds the letters of a control token; encode it with token ids instead') }}
+{%- for token in CONTROL %}{% if token in PREFIX ~ '\\n' ~ (tools | tojson if tools else '') -%}
+{{ raise_exception('the tools or the source prefix hold the letters of a control token; encode token ids instead') }}
+{%- endif %}{% endfor -%}
+{%- for message in messages %}{% set number = loop.index0 -%}
+{%- set called = (message.metadata or '') ~ '\\n' ~ (message.tools | tojson if message.tools else '') -%}
+{%- for token in CONTROL %}{% if token in (message.content or '') ~ '\\n' ~ called -%}
+{{ raise_exception('turn ' ~ number ~ ' holds the letters of a control token; encode it with token ids instead') }}
 {%- endif %}{% endfor %}{% endfor -%}
 """
 _CHATGLM3_JINJA = """\

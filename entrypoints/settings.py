@@ -30,6 +30,8 @@ class Settings:
     hf_endpoint: str = "https://huggingface.co"  # a mirror of the hub is named here
     hf_token: Secret = Secret()  # only for gated or private repositories
     modelscope_endpoint: str = "https://www.modelscope.cn"
+    api_keys_file: str = ""  # keys of glm serve, made by glm key
+    api_key: Secret = Secret()  # one more key, for a server with a single caller
     log_format: str = "text"  # text | json
     log_level: str = "info"  # debug | info | warning | error
 

@@ -108,7 +108,7 @@ def _write_weights(
     as_dtype = None if dtype == "keep" else getattr(torch, dtype)
     shards = list(_shards(stored, parts, as_dtype))
     weight_map, total, written_dtype = {}, 0, torch.float16
-    with tqdm(total=_size(stored, dtype), unit="B", unit_scale=True, desc="weights") as bar:
+    with tqdm(total=_size(stored, dtype), unit="B", unit_scale=True, desc="weights", disable=None) as bar:
         for number, shard in enumerate(shards, start=1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             data = _read(stored, shard, as_dtype)

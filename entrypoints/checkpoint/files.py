@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -38,10 +39,11 @@ def safetensors_header(file: Path) -> dict[str, dict]:
             raise UserError(f"{file} is truncated: its header does not fit in {size} bytes", again)
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise UserError(f"{file} is no safetensors file ({error})", again) from error
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            header.pop("__metadata__", None)
+            ends = [(entry["dtype"], entry["shape"], entry["data_offsets"][1])[2] for entry in header.values()]
+        except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
+            raise UserError(f"{file} is no safetensors file ({error!r})", again) from error
+    expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise UserError(f"{file} has {size} bytes, its header says {expected}", again)
     return header
@@ -65,22 +67,13 @@ def written_beside(target: Path, overwrite: bool = False) -> Iterator[Path]:
     On an error or an interrupt the hidden folder is removed and `target` is as it was; leftovers of a killed run go
     at the next one. Raises UserError when `target` exists (without `overwrite`) or another process writes it.
     """
-    target = target.absolute()
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists", "choose another folder, or add --overwrite")
-    if target.is_file():
-        raise UserError(f"{target} is a file", "name a folder")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = (target.parent / f".{target.name}.lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write in {target.parent} ({error.strerror})", "choose another folder") from error
-    partial = target.parent / f".{target.name}.partial"
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing {target}", "wait for it to end") from None
+    target = target.resolve()  # a link stays, what it points to is replaced
+    with _locked(target):
+        if target.is_file():
+            raise UserError(f"{target} is a file", "name a folder")
+        if target.exists() and not overwrite:
+            raise UserError(f"{target} exists", "choose another folder, or add --overwrite")
+        partial = target.parent / f".{target.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
@@ -92,15 +85,34 @@ def written_beside(target: Path, overwrite: bool = False) -> Iterator[Path]:
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    busy = UserError(f"another process is writing {target}", "wait for it to end")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = (target.parent / f".{target.name}.lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write in {target.parent} ({error.strerror})", "choose another folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken_away = not os.path.samestat(os.fstat(lock.fileno()), Path(lock.name).stat())
+        except (BlockingIOError, FileNotFoundError):
+            raise busy from None
+        if taken_away:  # the process that held it ended meanwhile, and the next one made its own
+            raise busy
+        try:
+            yield
+        finally:
             Path(lock.name).unlink(missing_ok=True)
 
 
 def _replace(target: Path, partial: Path) -> None:
-    if not target.exists():
-        partial.rename(target)
-        return
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
+    if target.exists():
+        target.rename(old)
     partial.rename(target)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)

@@ -38,7 +38,10 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"{folder} holds no {MANIFEST_FILE}", "convert the checkpoint first: glm convert SRC DST")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        return {"provenance": dict(manifest["provenance"]), "files": dict(manifest["files"])}
+        files = {
+            name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in dict(manifest["files"]).items()
+        }
+        return {"provenance": dict(manifest["provenance"]), "files": files}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r})", "convert the checkpoint again") from error
 

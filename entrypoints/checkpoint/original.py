@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from entrypoints.checkpoint.files import refuse_lfs_pointer, safetensors_header
 from entrypoints.errors import UserError
@@ -106,8 +106,8 @@ def _weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
             raise UserError(f"{folder} holds {stray[0].name} but no {index.name}", "fetch the index file too")
         return [single] if single.is_file() else []
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map", "fetch the file again")
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(name, str) for name in weight_map.values())):
+        raise UserError(f"{index} has no weight_map of file names", "fetch the file again")
     files = [folder / name for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -116,30 +116,34 @@ def _weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
 
 
 def _stored(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    refuse_lfs_pointer(file)
-    if file.suffix == ".safetensors":
-        safetensors_header(file)
-    elif not zipfile.is_zipfile(file):
-        raise UserError(f"{file} is truncated or no PyTorch file", "copy or download the file again")
     for name, tensor in _open(file):
         yield name, StoredTensor(file, tuple(tensor.shape), tensor.dtype)
 
 
 def _open(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    refuse_lfs_pointer(file)
+    again = "copy or download the file again"
     if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                yield name, tensors.get_tensor(name)
+        safetensors_header(file)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{file} cannot be read ({error})", again) from error
         return
+    if not zipfile.is_zipfile(file):
+        raise UserError(f"{file} is truncated or no PyTorch file", again)
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{file} cannot be read ({str(error).splitlines()[0][:200]})", "copy or download the file again"
-        ) from error
+    except Exception as error:  # torch raises many kinds for a damaged file
+        words = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(f"{file} cannot be read ({words[:200]})", again) from error
+    if not isinstance(state, dict):
+        raise UserError(f"{file} holds a {type(state).__name__}, no tensors by name", "name a plain checkpoint")
     for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{file} holds {name}, which is no tensor", "name a plain checkpoint")
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
+            raise UserError(f"{file} holds {name!r}, which is no named tensor", "name a plain checkpoint")
         yield name, tensor
 
 

@@ -18,12 +18,14 @@ logger = logging.getLogger(__name__)
 BLANK = "▁"  # SentencePiece's mark for a space
 VOCABULARY_FILE = "tokenizer.model"
 TOKENIZER_FILE = "tokenizer.json"
+PROBE = " 你好，  ①Ａ１ WORLD é \t\n🙂 "  # what a normalizer, or a model other than BPE, treats in another way
 
 
 def convert_vocabulary(model_file: Path) -> tokenizers.Tokenizer:
     """Build the tokenizer that gives the same ids as the SentencePiece model, with CONTROL_TOKENS after its last piece.
 
-    Raises UserError when the file is missing, an LFS pointer, damaged or no BPE with byte fallback.
+    Raises UserError when the file is missing, an LFS pointer, damaged or no BPE with byte fallback
+    and the identity normalizer.
     """
     if not model_file.is_file():
         raise UserError(f"{model_file} does not exist", "copy tokenizer.model of the checkpoint there")
@@ -48,6 +50,9 @@ def convert_vocabulary(model_file: Path) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    probe = PROBE + "".join(pieces.IdToPiece(id_) for id_ in ordinary[:: 1 + len(ordinary) // 100]).replace(BLANK, " ")
+    if tokenizer.encode(probe).ids != pieces.EncodeAsIds(probe):
+        raise UserError(f"{model_file} is no BPE that leaves text as it is", "use the vocabulary of ChatGLM3")
     tokenizer.add_special_tokens(
         [tokenizers.AddedToken(name, special=True, normalized=False) for name in CONTROL_TOKENS]
     )

@@ -33,6 +33,7 @@ class Engine(Protocol):
     adapters: Mapping[str, PromptFormat]  # adapters to choose from by name, and what each was taught
     window: int  # tokens of prompt and answer together
     slots: int  # answers that are generated at the same time
+    broken: str | None  # why the process should be replaced, None while it works
     features: frozenset[str]  # fields of Sampling that it honours: seed, top_logprobs, json_schema, …_penalty
 
     def generate(

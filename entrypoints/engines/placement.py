@@ -108,6 +108,22 @@ def _dtype(kind: str, dtype: str) -> torch.dtype:
     return torch.bfloat16 if cpu_computes_bf16() else torch.float32
 
 
+def devices() -> list[tuple[str, str]]:
+    """What this machine computes on, each with a description: the processor, then every GPU or why there is none."""
+    bf16 = "yes" if cpu_computes_bf16() else "no"
+    found = [("processor", f"{torch.get_num_threads()} threads, bfloat16 in hardware: {bf16}")]
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        name = torch.cuda.get_device_name(number)
+        found.append((f"gpu {number}", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"))
+    if torch.backends.mps.is_available():
+        found.append(("gpu", "mps"))
+    elif not torch.cuda.is_available():
+        cuda_build = "" if torch.version.cuda is None else ", though this torch is a CUDA build: check the driver"
+        found.append(("gpu", f"none{cuda_build}"))
+    return found
+
+
 def cpu_computes_bf16() -> bool:
     """Does the processor multiply bfloat16 itself? Elsewhere torch emulates it, slower than float32."""
     info = Path("/proc/cpuinfo")

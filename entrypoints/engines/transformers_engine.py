@@ -1,19 +1,26 @@
-"""The engine of plain transformers: any device, LoRA and P-Tuning v2 adapters, one stream or one padded batch."""
+"""The engine of plain transformers: any device, LoRA and P-Tuning v2 adapters.
+
+With more than one slot, requests for the model itself run through continuous batching as far as that can do what they
+ask for; the rest (adapters, seeds, penalties, log probabilities) is generated one at a time.
+"""
 
 import logging
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LogitsProcessorList, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, GlmForCausalLM, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from entrypoints.checkpoint.adapters import Adapter, open_adapter
 from entrypoints.checkpoint.native import open_native
 from entrypoints.checkpoint.tokenizer import Tokenizer
+from entrypoints.engines.base import Token
+from entrypoints.engines.continuous import ContinuousBatcher, with_shared_weights
+from entrypoints.engines.logits import Penalties, Recorder, refuse_broken_numbers
 from entrypoints.engines.placement import Placement, place
 from entrypoints.engines.prefix import PrefixedGlm
 from entrypoints.errors import UserError
@@ -25,38 +32,117 @@ END = None  # the streamer's last word
 
 
 class TransformersEngine:
-    """A model in this process. One generation runs at a time; further callers wait."""
+    """A model in this process, with any number of adapters on the same weights."""
+
+    name = "transformers"
+    features = frozenset({"seed", "top_logprobs", "repetition_penalty", "frequency_penalty", "presence_penalty"})
 
     def __init__(self, model: torch.nn.Module, tokenizer: Tokenizer, prompt_format: PromptFormat, window: int) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.prompt_format = prompt_format
+        self.adapters: dict[str, PromptFormat] = {}
         self.window = window
+        self.slots = 1
+        self._adapted: dict[str, torch.nn.Module] = {}
+        self._batcher: ContinuousBatcher | None = None
         self._turn = threading.Lock()
 
     @classmethod
     def load(
-        cls, folder: Path, adapter: Path | None = None, device: str = "auto", dtype: str = "auto", verify: bool = False
+        cls,
+        folder: Path,
+        adapter: Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        verify: bool = False,
     ) -> "TransformersEngine":
-        """Check and load a native checkpoint and an adapter.
+        """Check and load a native checkpoint, with one adapter in its place if one is named.
 
         Raises UserError naming what is missing, damaged, of another size or does not fit, before weights are read.
         """
-        checkpoint = open_native(folder, verify=verify)
-        opened = open_adapter(adapter, checkpoint.shape) if adapter else None
-        placement = place(checkpoint.shape, device, dtype)
-        logger.info("loading %s%s on %s", folder, f" with adapter {adapter}" if adapter else "", placement)
-        model = _load_model(folder, opened, placement)
-        prompt_format = opened.prompt_format if opened else checkpoint.prompt_format
-        return cls(model, checkpoint.tokenizer, prompt_format, checkpoint.shape.window)
+        engine = cls.load_for_serving(folder, {"": adapter} if adapter else {}, device, dtype, verify=verify)
+        if adapter:
+            engine.model, engine.prompt_format = engine._adapted.pop(""), engine.adapters.pop("")
+        return engine
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int, None, None]:
-        """Yield the answer's ids, without the stop id; closing the generator stops the model at its next token."""
-        settings = self._settings([prompt], sampling)
+    @classmethod
+    def load_for_serving(
+        cls,
+        folder: Path,
+        adapters: Mapping[str, Path],
+        device: str = "auto",
+        dtype: str = "auto",
+        slots: int = 1,
+        verify: bool = False,
+    ) -> "TransformersEngine":
+        """Check and load a native checkpoint and adapters to choose from by name; raises UserError as `load` does."""
+        checkpoint = open_native(folder, verify=verify)
+        opened = {name: open_adapter(path, checkpoint.shape) for name, path in adapters.items()}
+        placement = place(checkpoint.shape, device, dtype)
+        logger.info("loading %s on %s", folder, placement)
+        engine = cls(
+            _load_model(folder, placement), checkpoint.tokenizer, checkpoint.prompt_format, checkpoint.shape.window
+        )
+        for name, adapter in opened.items():
+            logger.info("adding adapter %s", adapter.folder)
+            engine._adapted[name] = _adapt(engine.model, adapter)
+            engine.adapters[name] = adapter.prompt_format
+        if slots > 1 and len(set(placement.device_map.values())) == 1:
+            engine.slots = slots
+            engine._batcher = ContinuousBatcher(engine.model, engine.tokenizer.stop_ids, engine.window, slots)
+        return engine
+
+    @property
+    def broken(self) -> str | None:
+        """Why the process should be replaced, if it should."""
+        return "the batching loop died" if self._batcher and self._batcher.broken else None
+
+    def generate(
+        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None = None
+    ) -> Generator[Token, None, None]:
+        """Yield the answer's tokens, without the stop id; closing the generator stops the model at its next token."""
+        settings, recorder = self._settings([prompt], sampling)
+        if self._batcher and adapter is None and self._batcher.can(sampling):
+            batched = Sampling(**{**vars(sampling), "max_new_tokens": settings["max_new_tokens"]})
+            ids = self._batcher.generate(prompt, batched)
+        else:
+            ids = self._stream(self._adapted[adapter] if adapter else self.model, settings, sampling)
+        try:
+            for id_ in ids:
+                yield recorder.token(id_) if sampling.top_logprobs is not None else Token(id_)
+        finally:
+            ids.close()
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        """Answers to several prompts, padded on the left with their mask; without stop ids and padding."""
+        settings, _ = self._settings(prompts, sampling)
+        width = settings["input_ids"].shape[1]
+        with self._turn, torch.inference_mode():
+            _seed(sampling)
+            rows = self.model.generate(**settings)[:, width:].tolist()
+        return [self._until_stop(row) for row in rows]
+
+    def close(self) -> None:
+        """Stop the batching loop."""
+        if self._batcher:
+            self._batcher.close()
+
+    def _stream(self, model: torch.nn.Module, settings: dict, sampling: Sampling) -> Generator[int, None, None]:
         streamer, stopped = _IdStreamer(), threading.Event()
         settings["streamer"] = streamer
         settings["stopping_criteria"] = StoppingCriteriaList([lambda ids, scores: _all_rows(ids, stopped.is_set())])
-        worker = threading.Thread(target=self._work, args=(settings, sampling, streamer), daemon=True)
+
+        def work() -> None:
+            try:
+                with self._turn, torch.inference_mode():
+                    if not stopped.is_set():
+                        _seed(sampling)
+                        model.generate(**settings)
+            except BaseException as error:  # noqa: BLE001 - handed over to the caller's thread, which raises it
+                streamer.fail(error)
+
+        worker = threading.Thread(target=work, name="generate", daemon=True)
         worker.start()
         try:
             while (id_ := streamer.get()) is not END:
@@ -66,24 +152,7 @@ class TransformersEngine:
             stopped.set()
             worker.join()
 
-    def generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        """Answers to several prompts, padded on the left with their mask; without stop ids and padding."""
-        settings = self._settings(prompts, sampling)
-        width = settings["input_ids"].shape[1]
-        with self._turn, torch.inference_mode():
-            _seed(sampling)
-            rows = self.model.generate(**settings)[:, width:].tolist()
-        return [self._until_stop(row) for row in rows]
-
-    def _work(self, settings: dict, sampling: Sampling, streamer: "_IdStreamer") -> None:
-        try:
-            with self._turn, torch.inference_mode():
-                _seed(sampling)
-                self.model.generate(**settings)
-        except BaseException as error:  # noqa: BLE001 - handed over to the caller's thread, which raises it
-            streamer.fail(error)
-
-    def _settings(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> dict:
+    def _settings(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> tuple[dict, Recorder]:
         longest = max(len(prompt) for prompt in prompts)
         if longest >= self.window:
             raise UserError(f"the prompt has {longest} tokens, the window {self.window}", "shorten the conversation")
@@ -92,22 +161,20 @@ class TransformersEngine:
         ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         greedy = sampling.temperature == 0
-        choice = (
-            {}
-            if greedy
-            else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
-        )
-        return {
+        choice = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+        recorder = Recorder(sampling.top_logprobs)
+        settings = {
             "input_ids": torch.tensor(ids, device=device),
             "attention_mask": torch.tensor(mask, device=device),
             "max_new_tokens": min(sampling.max_new_tokens, self.window - longest),
             "do_sample": not greedy,
-            "repetition_penalty": sampling.repetition_penalty,
             "eos_token_id": list(self.tokenizer.stop_ids),
             "pad_token_id": pad,
-            "logits_processor": LogitsProcessorList([_refuse_broken_numbers]),
-            **choice,
+            # in this order: what is recorded is the model's own opinion
+            "logits_processor": LogitsProcessorList([refuse_broken_numbers, recorder, Penalties(sampling, longest)]),
+            **({} if greedy else choice),
         }
+        return settings, recorder
 
     def _until_stop(self, row: list[int]) -> list[int]:
         ends = [index for index, id_ in enumerate(row) if id_ in self.tokenizer.stop_ids]
@@ -139,27 +206,26 @@ class _IdStreamer(BaseStreamer):
         return item
 
 
-def _load_model(folder: Path, adapter: Adapter | None, placement: Placement) -> torch.nn.Module:
+def _load_model(folder: Path, placement: Placement) -> GlmForCausalLM:
     transformers_logging.disable_progress_bar()
-    prefixed = adapter is not None and adapter.pre_seq_len is not None
-    loader = PrefixedGlm if prefixed else AutoModelForCausalLM
-    model = loader.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=placement.dtype, device_map=placement.device_map, local_files_only=True
     )
-    model.generation_config.top_k = None  # every request says what it wants; nothing is inherited unseen
-    if prefixed:
-        model.prefix = adapter.prefix()
-    elif adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter.folder, is_trainable=False)
+    model.generation_config.temperature = None  # every request says what it wants; nothing is inherited unseen
+    model.generation_config.top_p = model.generation_config.top_k = None
     return model
 
 
-def _refuse_broken_numbers(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    if torch.isnan(scores).any():
-        raise UserError("the model computed numbers that are none (NaN)", "load it with --dtype float32 or bfloat16")
-    return scores
+def _adapt(model: GlmForCausalLM, adapter: Adapter) -> torch.nn.Module:
+    """The model with an adapter, on the same weights."""
+    own = with_shared_weights(model)
+    if adapter.pre_seq_len is not None:
+        own.__class__ = PrefixedGlm  # the same modules, another forward
+        own.prefix = adapter.prefix()
+        return own.eval()
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(own, adapter.folder, is_trainable=False).eval()
 
 
 def _all_rows(ids: torch.Tensor, value: bool) -> torch.Tensor:

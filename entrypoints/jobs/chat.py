@@ -51,7 +51,12 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     """Load the model and answer until the questions end."""
     sys.stdin.reconfigure(errors="replace")  # broken text in a pipe or a paste must not end the talk
     sampling = Sampling(
-        args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
     )
     model = args.model or settings.model_path
     if not model:

@@ -19,26 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Print one line a fact; a model that does not fit or is damaged is an error."""
-    import torch
-
-    from entrypoints.engines.placement import available_memory, cpu_computes_bf16
+    from entrypoints.engines.placement import available_memory, devices
 
     _line("python", f"{platform.python_version()} ({sys.executable})")
     for name in PACKAGES:
         _line(name, _version(name))
-    _line(
-        "processor",
-        f"{torch.get_num_threads()} threads, bfloat16 in hardware: {'yes' if cpu_computes_bf16() else 'no'}",
-    )
     _line("memory", f"{available_memory() / 1e9:.1f} GB available")
     _line("disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free in {Path.cwd()}")
-    for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        _line(f"gpu {number}", f"{torch.cuda.get_device_name(number)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
-    if not torch.cuda.is_available():
-        _line(
-            "gpu", "none" if torch.version.cuda is None else "none, though this torch is a CUDA build: check the driver"
-        )
+    for name, description in devices():
+        _line(name, description)
     _line("settings", str(settings))
     model = args.model or (Path(settings.model_path) if settings.model_path else None)
     if model:

@@ -18,6 +18,6 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     from entrypoints.checkpoint.manifest import check_manifest, read_manifest
 
     total = sum(entry["size"] for entry in read_manifest(args.folder)["files"].values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
         count = check_manifest(args.folder, hashes=True, progress=bar.update)
     print(f"{args.folder}: {count} files as the manifest says")

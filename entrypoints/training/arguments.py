@@ -66,7 +66,8 @@ class TrainArguments:
             problems.append(f"--learning-rate {self.learning_rate} is not above 0")
         if self.fp16 and self.bf16:
             problems.append("--fp16 and --bf16 exclude each other")
-        if self.output_dir.resolve() == self.model_name_or_path.resolve():
-            problems.append("--output-dir is the base model's own folder")
+        base = self.model_name_or_path.resolve()
+        if self.output_dir.resolve() in (base, *base.parents):  # to overwrite it would delete the base
+            problems.append(f"--output-dir {self.output_dir} is or holds the base model's own folder")
         if problems:
             raise UserError("; ".join(problems), "see glm train --help")

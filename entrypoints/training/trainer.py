@@ -39,10 +39,11 @@ def train(arguments: TrainArguments) -> Path:
     held_out = _read_held_out(arguments)
     prompt_format = arguments.prompt_format or base.prompt_format
     encoder = RowEncoder(base.tokenizer, prompt_format, arguments.max_source_length, arguments.max_target_length)
-    _prepare_output(arguments, base)
+    _check_output(arguments, base)
     dataset = encode_rows(rows, encoder, arguments.preprocessing_num_workers)
     _check_window(dataset, base)
     validation = encode_rows(held_out, encoder) if held_out else None
+    _clear_output(arguments.output_dir)
     finishing = _Finishing(base, encoder, arguments)
     trainer = _trainer(arguments, precision, dataset, validation, finishing)
     result = trainer.train()
@@ -94,22 +95,23 @@ def _precision(arguments: TrainArguments) -> dict:
     return {"fp16": arguments.fp16, "bf16": arguments.bf16, "use_cpu": use_cpu}
 
 
-def _prepare_output(arguments: TrainArguments, base: NativeCheckpoint) -> None:
+def _check_output(arguments: TrainArguments, base: NativeCheckpoint) -> None:
     folder = arguments.output_dir
     if folder.is_file():
         raise UserError(f"--output-dir {folder} is a file", "name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not arguments.overwrite_output_dir:
-            raise UserError(
-                f"--output-dir {folder} is not empty", "choose another folder, or add --overwrite-output-dir"
-            )
-        for old in (*folder.glob("checkpoint-*"), *native.model_files(folder), folder / "manifest.json"):
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    if folder.is_dir() and any(folder.iterdir()) and not arguments.overwrite_output_dir:
+        raise UserError(f"--output-dir {folder} is not empty", "choose another folder, or add --overwrite-output-dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make --output-dir {folder} ({error.strerror})", "choose another folder") from error
     require_space(folder, base.files.size)
+
+
+def _clear_output(folder: Path) -> None:
+    """Remove an earlier run's checkpoints: last of all, when nothing the user can mend stops this run any more."""
+    for old in (*folder.glob("checkpoint-*"), *native.model_files(folder), folder / "manifest.json"):
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
 
 def _trainer(
@@ -192,18 +194,20 @@ class _Progress(TrainerCallback):
     bar: tqdm
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.bar = tqdm(total=state.max_steps, desc="train", unit="step")
+        self.bar = tqdm(total=state.max_steps, desc="train", unit="step", disable=None)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         numbers = {
-            name: value for name, value in (logs or {}).items() if name in ("loss", "eval_loss", "learning_rate")
+            name: value
+            for name, value in (logs or {}).items()
+            if name in ("loss", "eval_loss", "train_loss", "learning_rate")
         }
         if not numbers:
             return
-        for name in ("loss", "eval_loss"):
+        for name in ("loss", "eval_loss", "train_loss"):  # train_loss: the mean of all steps, at the end
             if not math.isfinite(numbers.get(name, 0.0)):
                 raise UserError(
                     f"the {name} at step {state.global_step} is {numbers[name]}",

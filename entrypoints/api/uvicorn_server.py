@@ -1,0 +1,55 @@
+"""Uvicorn around the application: the first signal drains, the second ends at once, a failed load ends the process."""
+
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from entrypoints.api.app import create_app
+from entrypoints.api.server import Serving
+from entrypoints.engines.base import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
+        super().__init__(config)
+        self.serving = serving
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Unlike uvicorn's own, not raised again at the end: a drained server has ended well."""
+        if self.should_exit:
+            logger.warning("%s again: ending at once", signal.Signals(sig).name)
+            self.force_exit = True
+            return
+        logger.info("%s: no new requests; %d answers go on", signal.Signals(sig).name, self.serving.admission.running)
+        self.serving.admission.draining = True
+        self.should_exit = True
+
+
+def serve(serving: Serving, load: Callable[[], Engine], listener: socket.socket, drain_seconds: int) -> None:
+    """Serve until a signal; raises what the loading raised, if it failed."""
+    config = uvicorn.Config(
+        create_app(serving),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=drain_seconds,
+    )
+    server = _Server(config, serving)
+
+    def failed() -> None:
+        server.should_exit = True
+
+    serving.start(load, failed)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        serving.close()
+    if serving.error:
+        raise serving.error

@@ -1,0 +1,61 @@
+"""From a path to a loaded engine; each engine's packages are imported only when it is the one."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from entrypoints.engines.base import Engine
+from entrypoints.errors import UserError
+
+PACKAGES = {"transformers": "transformers", "llamacpp": "xllamacpp", "vllm": "vllm"}
+
+
+def engine_for(model: Path) -> str:
+    """The engine that a model is for: llamacpp for a GGUF file, else transformers."""
+    return "llamacpp" if model.suffix == ".gguf" else "transformers"
+
+
+def check(engine: str, model: Path, adapters: Mapping[str, Path]) -> None:
+    """Raise UserError for what can be known without loading: packages, files, names, sizes."""
+    if importlib.util.find_spec(PACKAGES[engine]) is None:
+        raise UserError(
+            f"the engine {engine} needs the package {PACKAGES[engine]}", "install it, or choose another --engine"
+        )
+    if engine == "llamacpp":
+        if adapters:
+            raise UserError("a GGUF file cannot take adapters", "merge the adapter before glm quantize")
+        from entrypoints.checkpoint.gguf import open_gguf
+
+        open_gguf(model)
+        return
+    if model.suffix == ".gguf":
+        raise UserError(f"the engine {engine} does not read GGUF files", "use --engine llamacpp")
+    from entrypoints.checkpoint.adapters import open_adapter
+    from entrypoints.checkpoint.native import open_native
+
+    shape = open_native(model).shape
+    for path in adapters.values():
+        open_adapter(path, shape)
+
+
+def load(
+    engine: str,
+    model: Path,
+    adapters: Mapping[str, Path],
+    device: str = "auto",
+    dtype: str = "auto",
+    slots: int = 1,
+    verify: bool = False,
+) -> Engine:
+    """Load it; raises UserError for what cannot work."""
+    if engine == "llamacpp":
+        from entrypoints.engines.llamacpp_engine import LlamaCppEngine
+
+        return LlamaCppEngine.load(model, slots=slots)
+    if engine == "vllm":
+        from entrypoints.engines.vllm_engine import VllmEngine
+
+        return VllmEngine.load(model, adapters, slots=slots)
+    from entrypoints.engines.transformers_engine import TransformersEngine
+
+    return TransformersEngine.load_for_serving(model, adapters, device, dtype, slots, verify)

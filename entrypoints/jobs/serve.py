@@ -1,0 +1,131 @@
+"""Serve a model over OpenAI's HTTP API: chat, completions, tools, streaming, adapters by name, metrics.
+
+Listens before the weights are loaded: /healthz answers at once, /readyz when requests may come. SIGTERM lets running
+answers finish; a second signal ends at once.
+"""
+
+import argparse
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from entrypoints.errors import UserError
+from entrypoints.settings import DEVICES, Settings
+
+logger = logging.getLogger(__name__)
+ENGINES = ("auto", "transformers", "llamacpp", "vllm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `glm serve`."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", type=Path, help="converted checkpoint or GGUF file; overrides MODEL_PATH")
+    model.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=DIR", help="serve an adapter too; may be repeated"
+    )
+    model.add_argument("--served-model-name", help="name in /v1/models; the folder's name if not given")
+    model.add_argument(
+        "--engine", choices=ENGINES, default="auto", help="auto: llamacpp for a GGUF file, else transformers"
+    )
+    model.add_argument("--device", choices=DEVICES, help="overrides DEVICE")
+    model.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights"
+    )
+    model.add_argument("--slots", type=int, default=4, help="answers generated at the same time")
+    model.add_argument("--verify", action="store_true", help="check every file's hash before loading")
+    service = parser.add_argument_group("service")
+    service.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need keys")
+    service.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
+    service.add_argument("--api-keys-file", type=Path, help="keys made by glm key; overrides API_KEYS_FILE")
+    service.add_argument("--insecure-no-auth", action="store_true", help="listen beyond loopback without keys")
+    service.add_argument("--queue", type=int, default=64, help="answers that may wait; more get 429")
+    service.add_argument(
+        "--drain-seconds", type=int, default=120, help="how long running answers may go on after SIGTERM"
+    )
+    service.add_argument(
+        "--cors-origin", action="append", default=[], metavar="URL", help="web origin to allow; may be repeated"
+    )
+    service.add_argument("--max-body-bytes", type=int, default=4 << 20, help="largest request")
+    service.add_argument("--root-path", default="", help="path under which a reverse proxy shows this server")
+    service.add_argument("--log-prompts", action="store_true", help="log what is asked; it is private otherwise")
+
+
+def run(args: argparse.Namespace, settings: Settings) -> int:
+    """Check everything that can be checked, listen, load, serve until a signal."""
+    model = Path(args.model or settings.model_path or "")
+    if not (args.model or settings.model_path):
+        raise UserError("no model is named", "add --model DIR or set MODEL_PATH")
+    low = [f"--{name} {getattr(args, name)}" for name in ("slots", "queue") if getattr(args, name) < (name == "slots")]
+    if low:
+        raise UserError(f"{', '.join(low)} is too low", "--slots is 1 or more, --queue 0 or more")
+    from entrypoints.api.auth import KeyRing
+    from entrypoints.api.server import Options, Serving
+
+    keys = KeyRing(
+        args.api_keys_file or (Path(settings.api_keys_file) if settings.api_keys_file else None), settings.api_key.value
+    )
+    if not keys.required and not args.insecure_no_auth and not _is_loopback(args.host):
+        raise UserError(
+            f"--host {args.host} would let everyone on the network in",
+            "add --api-keys-file (see glm key) or --insecure-no-auth",
+        )
+    engine, load = _engine(args, settings, model)
+    options = Options(
+        model=args.served_model_name or model.resolve().name.removesuffix(".gguf"),
+        slots=args.slots,
+        queue=args.queue,
+        cors_origins=tuple(args.cors_origin),
+        max_body_bytes=args.max_body_bytes,
+        log_prompts=args.log_prompts,
+        root_path=args.root_path.rstrip("/"),
+    )
+    serving = Serving(options, keys, engine)
+    listener = _listen(args.host, args.port)
+    logger.info("listening on http://%s:%d", *listener.getsockname()[:2])
+    from entrypoints.api.uvicorn_server import serve
+
+    serve(serving, load, listener, args.drain_seconds)
+    return 0
+
+
+def _engine(args: argparse.Namespace, settings: Settings, model: Path) -> tuple[str, Callable]:
+    """Name of the engine, and how to load it; what can be known of the model is checked now."""
+    adapters = dict(_named_folder(text) for text in args.adapter)
+    from entrypoints.engines.loading import check, engine_for, load
+
+    name = engine_for(model) if args.engine == "auto" else args.engine
+    check(name, model, adapters)
+    device = args.device or settings.device
+    return name, lambda: load(
+        name, model, adapters, device=device, dtype=args.dtype, slots=args.slots, verify=args.verify
+    )
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise UserError(f"--adapter {text} is not understood", "write --adapter NAME=DIR")
+    return name, Path(folder)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}:{port} ({error})", "choose another --host or --port") from error
+    return listener
