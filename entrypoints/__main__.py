@@ -17,10 +17,13 @@ JOBS = {
     "convert": "turn the original layout into one that plain transformers loads, and back",
     "verify": "check every file of a checkpoint against its manifest",
     "data": "check or split training data",
-    "train": "fine-tune all parameters on prompt/response rows",
+    "train": "fine-tune on prompt/response rows, in full or as an adapter",
+    "export": "write a checkpoint of a run as a plain model folder",
+    "quantize": "write a checkpoint as one GGUF file, which needs no GPU and no torch",
     "evaluate": "generate answers and score them with BLEU-4 and ROUGE",
     "chat": "talk to a model in the terminal",
     "serve": "serve a model over OpenAI's HTTP API",
+    "web": "chat in the browser, or watch a training run",
     "key": "add an API key to the key file of serve",
     "demo": "make, convert, tune, score and talk to a toy model",
     "doctor": "show what this machine offers and what is missing",
@@ -88,6 +91,7 @@ def _parse(argv: list[str]) -> tuple:
     )
     job.add_arguments(parser)
     given, rest = common.parse_known_args(argv[1:])  # first, so that they may also stand after a word such as `check`
+    given.words = argv[1:]  # a job that starts itself again in other processes says the same
     return job, parser.parse_args(rest, given)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-CODE = re.compile(r"```[a-zA-Z]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
+# a fence ends at the beginning of a line or at the end of all: an argument may hold the same letters
+CODE = re.compile(r"```[a-zA-Z]*\n(.*?)(?:\n```|(?:```\s*)?\Z)", re.DOTALL)
 
 
 class PieceCodec(Protocol):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from entrypoints.answer import Answer, AnswerReader
 from entrypoints.engines.base import Engine
+from entrypoints.engines.loading import check, engine_for
 from entrypoints.errors import UserError
 from entrypoints.prompt import Message, as_messages
 from entrypoints.sampling import Sampling
@@ -30,7 +31,8 @@ class Chat:
 
     def chat(self, query: str, history: Iterable = (), **sampling: object) -> tuple[str, list[dict]]:
         """The whole answer and the history with it; sampling as the fields of `Sampling`."""
-        *_, last = self.stream_chat(query, history, **sampling)
+        for last in self.stream_chat(query, history, **sampling):  # noqa: B007 - each holds the whole history: keep one
+            pass
         return last
 
     def stream_chat(self, query: str, history: Iterable = (), **sampling: object) -> Iterator[tuple[str, list[dict]]]:
@@ -76,10 +78,25 @@ def load_chat(
     dtype: str = "auto",
     verify: bool = False,
 ) -> Chat:
-    """Load a converted checkpoint (and adapter) to talk to; raises UserError before anything slow if it cannot work."""
+    """Load a converted checkpoint (and adapter), or a GGUF file, to talk to.
+
+    A GGUF file runs in llama.cpp: without adapter, in the precision it was written in.
+    Raises UserError before anything slow if it cannot work.
+    """
+    path = Path(model)
+    if engine_for(path) == "llamacpp":
+        check("llamacpp", path, {"adapter": Path(adapter)} if adapter else {})
+        if dtype != "auto" or verify:
+            raise UserError(f"{path} has the precision it was written in and no manifest", "leave out dtype and verify")
+        from entrypoints.engines.llamacpp_engine import LlamaCppEngine
+
+        return Chat(LlamaCppEngine.load(path, slots=1))
+    from entrypoints.checkpoint.native import open_native
+
+    open_native(path)  # what is wrong with the folder shows before transformers, imported in seconds, does
     from entrypoints.engines.transformers_engine import TransformersEngine
 
-    return Chat(TransformersEngine.load(Path(model), Path(adapter) if adapter else None, device, dtype, verify))
+    return Chat(TransformersEngine.load(path, Path(adapter) if adapter else None, device, dtype, verify))
 
 
 def answered(turns: Sequence[Message], reply: Reply) -> list[Message]:

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that stand for a user's mistake."""
 
 
 class UserError(Exception):
@@ -14,3 +14,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.problem}; {self.remedy}"
+
+
+class BrokenModel(UserError):
+    """The model itself is at fault: who runs it can mend that, who only asks it cannot."""

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterable
 
 LIBRARIES = (
-    "accelerate", "datasets", "filelock", "httpcore2", "httpx", "httpx2", "huggingface_hub", "jieba", "modelscope",
-    "modelscope_hub", "peft", "transformers", "urllib3",
+    "ContinuousBatchingLogger", "accelerate", "datasets", "filelock", "gguf", "httpcore2", "httpx", "httpx2",
+    "huggingface_hub", "jieba", "modelscope", "modelscope_hub", "peft", "transformers", "urllib3", "vllm",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ so no text that a user, a tool or a data row holds can become a role tag. Readin
 Source of the format: ChatGLM3's tokenizer (`build_chat_input`, `build_single_message`) and, for `round`, ChatGLM2's.
 """
 
+import bisect
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ ROLES = ("system", "user", "assistant", "observation")
 # In the order of their ids, which follow the vocabulary's last piece. `sop` and `eop` get brackets in tokenizer.json:
 # as bare words they would match inside "people" wherever another program splits text by its special tokens.
 CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *(f"<|{role}|>" for role in ROLES))
+ANSWER_ENDS = ("<|user|>", "<|observation|>")  # the control tokens that stop a model, beside </s>
 IGNORED = -100  # the label that torch's cross entropy leaves out
 TEMPLATES = ("chatglm3", "round")
 TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:"
@@ -142,16 +144,12 @@ class PromptFormat:
         The system turn and the last question always stay. Raises UserError, with both numbers, if these do not fit.
         """
         turns = as_messages(messages)
-        dropped = 0
-        while (length := len(self._frame(turns, codec)[0])) > room:
-            shorter = _without_oldest_turn(turns)
-            if shorter is None:
-                raise UserError(
-                    f"the prompt has {length} tokens and {room} fit", "shorten the question or allow fewer new tokens"
-                )
-            dropped += len(turns) - len(shorter)
-            turns = shorter
-        return turns, dropped
+        kept = _newest(turns, lambda candidate: len(self._frame(candidate, codec)[0]) <= room)
+        if (length := len(self._frame(kept, codec)[0])) > room:
+            raise UserError(
+                f"the prompt has {length} tokens and {room} fit", "shorten the question or allow fewer new tokens"
+            )
+        return kept, len(turns) - len(kept)
 
     def chat_template(self) -> str:
         """The same format for programs that render Jinja text and split it at the special tokens of tokenizer.json.
@@ -199,9 +197,7 @@ class PromptFormat:
         def length(candidate: list[Message]) -> int:
             return len(self._frame(candidate, codec)[0])
 
-        kept = turns
-        while length(kept) > room and (shorter := _without_oldest_turn(kept)):
-            kept = shorter
+        kept = _newest(turns, lambda candidate: length(candidate) <= room)
         if length(kept) <= room:
             return kept, len(kept) < len(turns)
         *before, question = kept
@@ -232,12 +228,13 @@ def _with_tools(turn: Message) -> str:
     return f"{turn.content}\n{json.dumps(list(turn.tools), indent=4, ensure_ascii=False)}"
 
 
-def _without_oldest_turn(turns: list[Message]) -> list[Message] | None:
-    """Drop the oldest question with all that answers it; None when only the last question is left."""
+def _newest(turns: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:
+    """Drop the oldest questions, with all that answers them, until it fits or only the last question is left."""
+    if fits(turns):
+        return turns
     questions = [index for index, turn in enumerate(turns) if turn.role == "user"]
-    if len(questions) < 2:
-        return None
-    return turns[: questions[0]] + turns[questions[1] :]
+    candidates = [turns[: questions[0]] + turns[start:] for start in questions[1:]] or [turns]
+    return candidates[bisect.bisect_left(candidates, True, hi=len(candidates) - 1, key=fits)]
 
 
 def _longest(text: str, fits: Callable[[str], bool]) -> str:

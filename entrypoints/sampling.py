@@ -23,6 +23,11 @@ class Sampling:
     top_logprobs: int | None = None  # None: no log probabilities; 0: only the chosen token's
     json_schema: dict | None = None  # the answer must be JSON of this schema; {} for any object
 
+    @property
+    def greedy(self) -> bool:
+        """Always the likeliest token? Scores divided by less than this would leave the range of floats."""
+        return self.temperature < 1e-4
+
     def __post_init__(self) -> None:
         bounds = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
@@ -32,6 +37,7 @@ class Sampling:
             "repetition_penalty": (0 < self.repetition_penalty <= 2, "above 0, at most 2"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2"),
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2"),
+            "seed": (self.seed is None or -(2**63) <= self.seed < 2**63, "a whole number of 64 bits"),
             "top_logprobs": (self.top_logprobs is None or 0 <= self.top_logprobs <= 20, "0 to 20"),
         }
         wrong = {name: words for name, (fine, words) in bounds.items() if not fine}

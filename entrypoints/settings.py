@@ -32,6 +32,9 @@ class Settings:
     modelscope_endpoint: str = "https://www.modelscope.cn"
     api_keys_file: str = ""  # keys of glm serve, made by glm key
     api_key: Secret = Secret()  # one more key, for a server with a single caller
+    api_url: str = ""  # server that the chat pages talk to, the default of --api
+    page_password: Secret = Secret()  # what visitors of glm web must know
+    output_dir: str = ""  # run that the training page shows
     log_format: str = "text"  # text | json
     log_level: str = "info"  # debug | info | warning | error
 

@@ -1,17 +1,33 @@
 """What many tests need: the reference data, and small checkpoints made once a session."""
 
 import json
+import logging
 import os
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 
 from entrypoints.checkpoint.conversion import convert_to_native
+from entrypoints.checkpoint.gguf_writing import write_gguf
 from entrypoints.demo.model import write_toy
+from entrypoints.engines.logits import Penalties
 from entrypoints.prompt import PromptFormat
+from entrypoints.sampling import Sampling
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A job sets logging up on the stderr of its own test; the next test has another."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +68,28 @@ def toy_native(toy_original: Path) -> Path:
     target = toy_original.parent / "native"
     convert_to_native(toy_original, target, PromptFormat())
     return target
+
+
+@pytest.fixture(scope="session")
+def toy_gguf(toy_native: Path) -> Path:
+    """The same toy as one GGUF file in half precision."""
+    target = toy_native.parent / "toy.gguf"
+    write_gguf(toy_native, target, "f16")
+    return target
+
+
+@pytest.fixture(scope="session")
+def same_but_for_ties() -> Callable:
+    """Check greedy ids against transformers', up to where two tokens were too near to tell apart in half precision."""
+
+    def check(found: list[int], expected: list[int], model: torch.nn.Module, prompt: list[int], sampling: Sampling):
+        differing = [place for place, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b]
+        if not differing:
+            assert len(found) == len(expected)
+            return
+        ids = torch.tensor([[*prompt, *expected[: differing[0]]]])
+        with torch.inference_mode():
+            scores = Penalties(sampling, len(prompt))(ids, model(ids).logits[:, -1].float())[0]
+        assert abs(float(scores[found[differing[0]]] - scores[expected[differing[0]]])) < 1e-2, differing[0]
+
+    return check

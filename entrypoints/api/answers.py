@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from entrypoints.answer import ToolCall
 from entrypoints.api.generation import Piece, Task, generate, merged
+from entrypoints.api.limits import Ticket
 from entrypoints.api.server import Serving
 from entrypoints.api.tools import to_openai
 from entrypoints.engines.base import Token
@@ -15,7 +16,7 @@ from entrypoints.engines.base import Token
 
 @dataclass
 class Choices:
-    """The answers of one request while they run; counts what it used."""
+    """The answers of one request while they run; counts what it used. Needs its `ticket` before the first piece."""
 
     serving: Serving
     tasks: list[Task]
@@ -24,6 +25,7 @@ class Choices:
     prefix: str
     start: float = field(default_factory=time.monotonic)
     completion_tokens: int = 0
+    ticket: Ticket | None = None
 
     def __post_init__(self) -> None:
         self.model = self.model or self.serving.options.model
@@ -32,22 +34,22 @@ class Choices:
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Pieces of all answers as they come, counted and timed."""
-        metrics, last = self.serving.metrics, self.start
+        metrics, last = self.serving.metrics, {}  # last: when each answer had its latest token
         metrics.prompt_tokens.labels(self.model).inc(self._prompt_tokens())
         async with contextlib.aclosing(merged([self._one(task) for task in self.tasks])) as pieces:
             async for number, piece in pieces:
                 if piece.tokens:
                     now = time.monotonic()
-                    timer = metrics.each if self.completion_tokens else metrics.first
-                    timer.labels(self.model).observe(now - last)
-                    last = now
+                    timer = metrics.each if number in last else metrics.first
+                    timer.labels(self.model).observe(now - last.get(number, self.start))
+                    last[number] = now
                     self.completion_tokens += len(piece.tokens)
                     metrics.completion_tokens.labels(self.model).inc(len(piece.tokens))
                 yield number, piece
 
     async def _one(self, task: Task) -> AsyncIterator[Piece]:
         generated = generate(self.serving.engine, self.serving.pool, task)
-        async with self.serving.admission.slot(), contextlib.aclosing(generated) as pieces:
+        async with self.serving.admission.slot(self.ticket), contextlib.aclosing(generated) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import anyio
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -16,11 +17,11 @@ from entrypoints.api.answers import Choices, chat_events, chat_result, completio
 from entrypoints.api.auth import Key
 from entrypoints.api.errors import ApiError
 from entrypoints.api.limits import Refused
-from entrypoints.api.middleware import BodyTooLarge, RequestFrame
+from entrypoints.api.middleware import RequestFrame
 from entrypoints.api.openai_schema import ChatRequest, CompletionRequest, TokenizeRequest
 from entrypoints.api.requests import chat_tasks, completion_tasks, token_ids
 from entrypoints.api.server import Serving
-from entrypoints.api.streaming import EventStream, unless_gone
+from entrypoints.api.streaming import EventStream, while_wanted
 from entrypoints.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,35 +30,35 @@ CREATED = int(time.time())
 
 def create_app(serving: Serving) -> FastAPI:
     """The application of one server. No page is served and nothing is fetched from outside, /openapi.json included."""
-    app = FastAPI(
-        title="ChatGLM3 server", docs_url=None, redoc_url=None, root_path=serving.options.root_path, version="1"
-    )
+    app = FastAPI(title="ChatGLM3 server", docs_url=None, redoc_url=None, version="1")
     app.state.serving = serving
     _add_errors(app)
     _add_model_routes(app, serving)
     _add_health_routes(app, serving)
-    if serving.options.cors_origins:
+    app.add_middleware(RequestFrame, serving=serving)
+    if serving.options.cors_origins:  # around the frame, so that a page can also read what the frame itself answers
         app.add_middleware(
             CORSMiddleware,
             allow_origins=serving.options.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(RequestFrame, serving=serving)
     return app
 
 
 async def caller(request: Request) -> Key:
-    """The key of the request; raises ApiError 401."""
-    keys = request.app.state.serving.keys
+    """The key of the request, which is counted against its rate; raises ApiError 401 or Refused."""
+    serving = request.app.state.serving
     try:
-        keys.refresh()
+        serving.keys.refresh()
     except UserError as error:  # a half-written file: the keys read before go on to count
         logger.error("%s", error)
-    key = keys.find(request.headers.get("authorization"))
+    key = serving.keys.find(request.headers.get("authorization"))
     if key is None:
         raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
     request.scope["state"]["key"] = key.name
+    serving.admission.count(key)
     return key
 
 
@@ -80,16 +81,16 @@ def _add_model_routes(app: FastAPI, serving: Serving) -> None:
     async def tokenize(body: TokenizeRequest, key: Key = Depends(caller)) -> dict:
         """Ids of a conversation's prompt, or of a plain text."""
         _require_engine(serving)
-        ids = token_ids(serving, body)
+        ids = await anyio.to_thread.run_sync(token_ids, serving, body)
         return {"tokens": ids, "count": len(ids), "max_model_len": serving.engine.window}
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request, key: Key = Depends(caller)) -> Response:
         """Answer a conversation."""
         _require_engine(serving)
-        if serving.options.log_prompts:
-            logger.info("request %s asks: %s", request.scope["state"]["request_id"], body.model_dump_json())
-        choices = Choices(serving, chat_tasks(serving, body), body.n or 1, body.model, "chatcmpl")
+        await _log_prompt(serving, request)
+        tasks = await anyio.to_thread.run_sync(chat_tasks, serving, body)  # megabytes of text take a second to encode
+        choices = Choices(serving, tasks, body.n or 1, body.model, "chatcmpl")
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
             return _stream(serving, key, choices, chat_events(choices, usage, bool(body.logprobs)))
@@ -99,9 +100,9 @@ def _add_model_routes(app: FastAPI, serving: Serving) -> None:
     async def completions(body: CompletionRequest, request: Request, key: Key = Depends(caller)) -> Response:
         """Continue a text."""
         _require_engine(serving)
-        if serving.options.log_prompts:
-            logger.info("request %s asks: %s", request.scope["state"]["request_id"], body.model_dump_json())
-        choices = Choices(serving, completion_tasks(serving, body), body.n or 1, body.model, "cmpl")
+        await _log_prompt(serving, request)
+        tasks = await anyio.to_thread.run_sync(completion_tasks, serving, body)
+        choices = Choices(serving, tasks, body.n or 1, body.model, "cmpl")
         logprobs = body.logprobs is not None
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -133,18 +134,23 @@ def _add_health_routes(app: FastAPI, serving: Serving) -> None:
 
 def _stream(serving: Serving, key: Key, choices: Choices, events: AsyncIterator[dict]) -> EventStream:
     with contextlib.ExitStack() as held:
-        held.enter_context(serving.admission.of_key(key))
-        serving.admission.check(len(choices.tasks))
-        return EventStream(events, held.pop_all())  # the stream gives the key's place back at its end
+        choices.ticket = held.enter_context(serving.admission.admit(key, len(choices.tasks)))
+        # the stream gives the room back at its end
+        return EventStream(events, held.pop_all(), serving.admission.over)
 
 
 async def _collect(
     serving: Serving, key: Key, request: Request, choices: Choices, work: Callable[[], Awaitable[dict]]
 ) -> Response:
-    with serving.admission.of_key(key):
-        serving.admission.check(len(choices.tasks))
-        answer = await unless_gone(request, work())
+    with serving.admission.admit(key, len(choices.tasks)) as choices.ticket:
+        answer = await while_wanted(work(), request.receive, serving.admission.over)
     return JSONResponse(answer) if answer is not None else Response(status_code=499)
+
+
+async def _log_prompt(serving: Serving, request: Request) -> None:
+    if serving.options.log_prompts:
+        text = (await request.body()).decode("utf-8", "replace")  # kept by the request since it was parsed
+        logger.info("request %s asks: %r", request.scope["state"]["request_id"], text)
 
 
 def _require_engine(serving: Serving) -> None:
@@ -173,8 +179,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> JSONResponse:
-        headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
-        return errors.response(error.status, str(error), error.param, error.code, headers)
+        headers = {"www-authenticate": "Bearer"} if error.status_code == 401 else {}
+        return errors.response(error.status_code, error.detail, error.param, error.code, headers)
 
     @app.exception_handler(Refused)
     async def busy(request: Request, error: Refused) -> JSONResponse:
@@ -182,19 +188,6 @@ def _add_errors(app: FastAPI) -> None:
             error.status, str(error), code=error.code, headers={"retry-after": str(error.retry_after)}
         )
 
-    @app.exception_handler(UserError)
-    async def unusable(request: Request, error: UserError) -> JSONResponse:
-        return errors.response(400, str(error), code="invalid_request")
-
-    @app.exception_handler(BodyTooLarge)
-    async def too_large(request: Request, error: BodyTooLarge) -> JSONResponse:
-        return errors.response(413, "the body is too large", code="body_too_large")
-
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         return errors.response(error.status_code, str(error.detail), headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        logger.error("request %s failed", request.scope["state"]["request_id"], exc_info=error)
-        return errors.response(500, "the engine failed", code="engine_error")

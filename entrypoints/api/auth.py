@@ -5,6 +5,7 @@ A line is `NAME SHA256 [requests-per-minute] [concurrent]`; `#` starts a comment
 
 import hashlib
 import hmac
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,25 +14,29 @@ from entrypoints.errors import UserError
 
 REQUESTS_PER_MINUTE = 600
 CONCURRENT = 64
+LINE = re.compile(r"(\S+)\s+([0-9A-Fa-f]{64})(?:\s+([1-9][0-9]{0,8}))?(?:\s+([1-9][0-9]{0,8}))?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Key:
-    """Who may ask, and how much; `digest` is the SHA-256 of the key in hex."""
+    """Who may ask, and how much (None: as much as there is); `digest` is the SHA-256 of the key in hex."""
 
     name: str
     digest: str
-    requests_per_minute: int = REQUESTS_PER_MINUTE
-    concurrent: int = CONCURRENT
+    requests_per_minute: int | None = REQUESTS_PER_MINUTE
+    concurrent: int | None = CONCURRENT
+
+
+ANONYMOUS = Key("anonymous", "", None, None)
 
 
 class KeyRing:
-    """All keys; without any, every caller is let in as `anonymous`."""
+    """All keys; without file and single key, every caller is let in as ANONYMOUS."""
 
     def __init__(self, file: Path | None = None, single: str = "") -> None:
         self._file = file
         self._single = [Key("default", digest(single))] if single else []
-        self._stamp: tuple | None = None
+        self._stamp: tuple | None = ()  # of the file as it was read; None: it could not be
         self._keys = [*self._single]
         self.refresh()
 
@@ -43,50 +48,43 @@ class KeyRing:
     def refresh(self) -> None:
         """Read the file again if it changed.
 
-        Raises UserError naming file and line of a malformed entry.
+        Raises UserError, once for each change, when it cannot be read or an entry is malformed; the keys stay then.
         """
-        if self._file is None:
-            return
-        try:
-            status = self._file.stat()
-        except OSError as error:
-            raise UserError(
-                f"cannot read the key file {self._file} ({error.strerror})", "check --api-keys-file"
-            ) from error
-        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-        if stamp != self._stamp:
-            self._keys = [*self._single, *read_keys(self._file)]
+        if self._file and (stamp := _stamp(self._file)) != self._stamp:
             self._stamp = stamp
+            self._keys = [*self._single, *read_keys(self._file)]
 
     def find(self, header: str | None) -> Key | None:
         """The key of an Authorization header; None when it is unknown. Takes the same time for every wrong key."""
         if not self.required:
-            return Key("anonymous", "")
+            return ANONYMOUS
         scheme, _, token = (header or "").partition(" ")
-        given = digest(token.strip() if scheme.lower() == "bearer" else "")
-        found = None
+        token = token.strip() if scheme.lower() == "bearer" else ""
+        given, found = digest(token), None
         for key in self._keys:
             if hmac.compare_digest(key.digest, given):
                 found = key
-        return found
+        return found if token else None  # the hash of nothing, written by mistake, lets nobody in
 
 
 def read_keys(file: Path) -> list[Key]:
-    """Keys of a file; raises UserError naming the line that is malformed."""
+    """Keys of a file; raises UserError when it cannot be read, or naming the line that is malformed."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the key file {file} ({error})", "check --api-keys-file") from error
     keys = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        words = line.partition("#")[0].split()
-        if not words:
+    for number, line in enumerate(text.split("\n"), start=1):
+        entry = line.partition("#")[0].strip()
+        if not entry:
             continue
-        try:
-            name, hashed, *limits = words
-            if len(hashed) != 64 or len(limits) > 2 or int(hashed, 16) < 0:
-                raise ValueError
-            keys.append(Key(name, hashed.lower(), *(max(1, int(limit)) for limit in limits)))
-        except ValueError:
+        parts = LINE.fullmatch(entry)
+        if not parts:
             raise UserError(
                 f"{file}:{number} is no key", "a line is NAME SHA256 [requests-per-minute] [concurrent]; see glm key"
-            ) from None
+            )
+        name, hashed, *limits = parts.groups()
+        keys.append(Key(name, hashed.lower(), *(int(limit) for limit in limits if limit)))
     return keys
 
 
@@ -97,4 +95,12 @@ def new_key() -> str:
 
 def digest(key: str) -> str:
     """What is stored of a key. The keys are random and long, so a plain hash cannot be searched."""
-    return hashlib.sha256(key.encode()).hexdigest()
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _stamp(file: Path) -> tuple | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -41,7 +41,7 @@ class Piece:
 
 
 class StopStrings:
-    """Cuts a growing text at the first stop string, also one that arrives in parts."""
+    """Cuts a growing text at the stop string that is complete first, also one that arrives in parts."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -53,10 +53,11 @@ class StopStrings:
         if not self._stops:
             return text
         self._held += text
-        starts = [start for stop in self._stops if (start := self._held.find(stop)) >= 0]
-        if starts:
+        places = ((self._held.find(stop), len(stop)) for stop in self._stops)
+        ends = [(start + length, start) for start, length in places if start >= 0]
+        if ends:
             self.found = True
-            shown, self._held = self._held[: min(starts)], ""
+            shown, self._held = self._held[: min(ends)[1]], ""
             return shown
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -114,7 +115,7 @@ async def _tokens(engine: Engine, pool: ThreadPoolExecutor, task: Task) -> Async
 
     def work() -> None:
         try:
-            with contextlib.closing(engine.generate(task.prompt, task.sampling, task.adapter)) as tokens:
+            with contextlib.closing(engine.generate(task.prompt, task.sampling, task.adapter, gone)) as tokens:
                 for token in tokens:
                     if gone.is_set():
                         break

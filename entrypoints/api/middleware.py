@@ -4,16 +4,20 @@ import logging
 import re
 import time
 import uuid
+from urllib.parse import quote
 
+from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from entrypoints.api import errors
+from entrypoints.api.errors import ApiError
 from entrypoints.api.server import Serving
 
 logger = logging.getLogger(__name__)
 GIVEN_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/healthz", "/readyz", "/metrics")
 QUIET = ("/healthz", "/readyz", "/metrics")
+CALLER_GONE = 499  # counted for a request whose caller left before an answer began
 
 
 class RequestFrame:
@@ -30,9 +34,11 @@ class RequestFrame:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", "")
+        if self.serving.options.root_path:  # routes are found with and without it: not every proxy takes it away
+            scope["root_path"] = self.serving.options.root_path
         state = scope.setdefault("state", {})
         state["request_id"] = given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
-        start, status = time.monotonic(), 499  # 499: the caller left before an answer began
+        start, status = time.monotonic(), None
 
         async def marked(message: Message) -> None:
             nonlocal status
@@ -42,15 +48,19 @@ class RequestFrame:
             await send(message)
 
         try:
-            limit = self.serving.options.max_body_bytes
-            if int(headers.get(b"content-length", "0") or 0) > limit:
-                await errors.response(413, f"the body is over {limit} bytes", code="body_too_large")(
-                    scope, receive, marked
-                )
-            else:
-                await self.app(scope, _Bounded(receive, limit), marked)
+            bounded = _Bounded(receive, self.serving.options.max_body_bytes)
+            if headers.get(b"content-length", "").isdigit():
+                bounded.check(int(headers[b"content-length"]))
+            await self.app(scope, bounded, marked)
+        except Exception as error:
+            if status:
+                raise  # the server closes the connection: that is how a caller sees that the answer is not whole
+            code, body = errors.of_failure(error)
+            if code >= 500:
+                logger.exception("request %s failed", state["request_id"])
+            await JSONResponse(body, code)(scope, receive, marked)
         finally:
-            self._account(scope, status, time.monotonic() - start)
+            self._account(scope, status or CALLER_GONE, time.monotonic() - start)
 
     def _account(self, scope: Scope, status: int, seconds: float) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -59,12 +69,8 @@ class RequestFrame:
         logger.log(
             logging.DEBUG if path in QUIET else logging.INFO,
             "%s %s %d in %.3f s, key %s, request %s",
-            scope["method"], path, status, seconds, state.get("key", "-"), state["request_id"],
+            scope["method"], quote(path), status, seconds, state.get("key", "-"), state["request_id"],
         )  # fmt: skip
-
-
-class BodyTooLarge(Exception):
-    """More bytes came than the limit allows."""
 
 
 class _Bounded:
@@ -72,12 +78,17 @@ class _Bounded:
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self.receive = receive
-        self.left = limit
+        self.limit = limit
+        self.seen = 0
 
     async def __call__(self) -> Message:
         message = await self.receive()
         if message["type"] == "http.request":
-            self.left -= len(message.get("body", b""))
-            if self.left < 0:
-                raise BodyTooLarge
+            self.seen += len(message.get("body", b""))
+            self.check(self.seen)
         return message
+
+    def check(self, size: int) -> None:
+        """Raise ApiError 413 beyond the limit."""
+        if size > self.limit:
+            raise ApiError(413, f"the body is over {self.limit} bytes", code="body_too_large")

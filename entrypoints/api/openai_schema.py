@@ -3,18 +3,40 @@
 A field that would change the answer and is not understood is refused; fields that only label a request are accepted.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from entrypoints.sampling import Sampling
 
 MOST_MESSAGES = 2048
 MOST_CHOICES = 8
 MOST_STOPS = 16
+MOST_NESTING = 32  # levels of a schema; the prompt shows tools indented, which grows with its square
+MOST_SCHEMA_LETTERS = 100_000  # of one schema, or of all tools together
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+def _bounded_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    level, depth = [schema], 0
+    while level := [
+        child
+        for node in level
+        if isinstance(node, dict | list)
+        for child in (node.values() if isinstance(node, dict) else node)
+    ]:
+        depth += 1
+        if depth > MOST_NESTING:
+            raise ValueError(f"nested deeper than {MOST_NESTING} levels")
+    if len(json.dumps(schema)) > MOST_SCHEMA_LETTERS:
+        raise ValueError(f"longer than {MOST_SCHEMA_LETTERS} letters")
+    return schema
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_bounded_schema)]
 
 
 class Strict(BaseModel):
@@ -55,6 +77,10 @@ class ChatMessage(Strict):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    # empty in the answers of OpenAI's client, which callers send back as they are
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
 
     def text(self) -> str:
         """The content as one text."""
@@ -76,7 +102,7 @@ class Function(BaseModel):
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
     strict: bool | None = None
 
 
@@ -85,6 +111,15 @@ class Tool(BaseModel):
 
     type: Literal["function"] = "function"
     function: Function
+
+
+def _bounded_tools(tools: list[Tool]) -> list[Tool]:
+    if sum(len(tool.model_dump_json()) for tool in tools) > MOST_SCHEMA_LETTERS:
+        raise ValueError(f"longer than {MOST_SCHEMA_LETTERS} letters together")
+    return tools
+
+
+Tools = Annotated[list[Tool], Field(max_length=128), AfterValidator(_bounded_tools)]
 
 
 class NamedFunction(BaseModel):
@@ -104,7 +139,7 @@ class JsonSchema(BaseModel):
     """The schema inside a `response_format`."""
 
     name: str = "answer"
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    schema_: Schema = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
     description: str | None = None
 
@@ -142,7 +177,7 @@ class Request(Strict):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=1, le=100_000)
-    repetition_penalty: float | None = Field(None, gt=0, le=2, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
@@ -151,6 +186,7 @@ class Request(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    safety_identifier: str | None = None
     metadata: dict[str, Any] | None = None
 
     def stops(self) -> list[str]:
@@ -172,11 +208,18 @@ class ChatRequest(Request):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     store: bool | None = None
     service_tier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
 
     def chat_sampling(self) -> Sampling:
         """The parameters for an engine, with what only chat has."""
@@ -201,7 +244,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MOST_MESSAGES)
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
     prompt: str | None = None
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ def chat_tasks(serving: Serving, body: ChatRequest) -> list[Task]:
         [tool.function.name for tool in tools],
         tuple(opening),
     )
-    return _repeated(serving, [task], body.n or 1)
+    return _repeated(serving, [task], body.n or 1, "messages")
 
 
 def completion_tasks(serving: Serving, body: CompletionRequest) -> list[Task]:
@@ -44,14 +44,15 @@ def completion_tasks(serving: Serving, body: CompletionRequest) -> list[Task]:
     sampling = _checked(serving, body.sampling(top_logprobs=body.logprobs))
     prompts = [_ids(serving, prompt) for prompt in _prompts(body.prompt)]
     tasks = [Task(prompt, sampling, adapter, body.stops(), chat=False) for prompt in prompts]
-    return _repeated(serving, tasks, body.n or 1)
+    return _repeated(serving, tasks, body.n or 1, "prompt")
 
 
 def token_ids(serving: Serving, body: TokenizeRequest) -> list[int]:
     """Ids of the prompt that these messages make, or of the text alone."""
+    adapter = _adapter(serving, body)
     if body.prompt is not None:
         return serving.engine.tokenizer.encode(body.prompt)
-    return _conversation(serving, _adapter(serving, body), body, body.tools or [])
+    return _conversation(serving, adapter, body, body.tools or [])
 
 
 def _adapter(serving: Serving, body: Request | TokenizeRequest) -> str | None:
@@ -68,9 +69,19 @@ def _adapter(serving: Serving, body: Request | TokenizeRequest) -> str | None:
 def _conversation(serving: Serving, adapter: str | None, body: ChatRequest | TokenizeRequest, tools: list) -> list[int]:
     try:
         turns = to_turns(body.messages, tools)
+        _refuse_hopeless(serving, sum(len(turn.content) for turn in turns), "messages")
         return _format(serving, adapter).encode(turns, serving.engine.tokenizer)
     except UserError as error:
         raise ApiError(400, str(error), "messages", "invalid_messages") from error
+
+
+def _refuse_hopeless(serving: Serving, letters: int, param: str) -> None:
+    """Refuse a text that cannot fit however it is encoded: encoding takes seconds for megabytes."""
+    least, window = letters // serving.engine.tokenizer.longest, serving.engine.window
+    if least >= window:
+        raise ApiError(
+            400, f"the prompt has {least} tokens or more, the window {window}", param, "context_length_exceeded"
+        )
 
 
 def _format(serving: Serving, adapter: str | None) -> PromptFormat:
@@ -102,22 +113,21 @@ def _prompts(prompt: str | list) -> list[str | list[int]]:
 def _ids(serving: Serving, prompt: str | list[int]) -> list[int]:
     tokenizer = serving.engine.tokenizer
     if isinstance(prompt, str):
+        _refuse_hopeless(serving, len(prompt), "prompt")
         return [tokenizer.control("[gMASK]"), tokenizer.control("<sop>"), *tokenizer.encode(prompt)]
     if not prompt or max(prompt) >= tokenizer.size:
         raise ApiError(400, f"a prompt of ids needs at least one, each below {tokenizer.size}", "prompt")
     return prompt
 
 
-def _repeated(serving: Serving, tasks: list[Task], n: int) -> list[Task]:
-    """Check the window and give each answer its own seed."""
+def _repeated(serving: Serving, tasks: list[Task], n: int, param: str) -> list[Task]:
+    """Check the window and give each answer its own seed; `param` is the field that the prompts came from."""
     if not tasks or len(tasks) * n > MOST_ANSWERS:
-        raise ApiError(400, f"{len(tasks) * n} answers are asked for, 1 to {MOST_ANSWERS} can be", "n")
+        raise ApiError(400, f"{len(tasks) * n} answers are asked for, 1 to {MOST_ANSWERS} can be", param)
     window = serving.engine.window
     longest = max(len(task.prompt) for task in tasks)
     if longest >= window:
-        raise ApiError(
-            400, f"the prompt has {longest} tokens, the window {window}", "messages", "context_length_exceeded"
-        )
+        raise ApiError(400, f"the prompt has {longest} tokens, the window {window}", param, "context_length_exceeded")
     return [_numbered(task, window, number) for task in tasks for number in range(n)]
 
 

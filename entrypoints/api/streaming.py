@@ -1,5 +1,6 @@
 """Server-sent events that stop the model when the caller leaves, whether text is flowing or not."""
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable
@@ -7,11 +8,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import anyio
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from entrypoints.api import errors
+from entrypoints.api.limits import Refused
 
 logger = logging.getLogger(__name__)
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # nginx must not collect the pieces
@@ -20,21 +21,25 @@ HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # nginx must
 class EventStream(Response):
     """Sends each item as one `data:` line, then `[DONE]`; an error becomes an event and ends the stream.
 
-    `held` is closed at the end, whatever the end was.
+    `held` is closed at the end, whatever the end was; `over` ends it early.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict], held: ExitStack) -> None:
+    def __init__(self, events: AsyncIterator[dict], held: ExitStack, over: asyncio.Event) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self.events = events
         self.held = held
+        self.over = over
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream until the events end or the caller leaves."""
+        """Stream until the events end or nobody wants them any more."""
         try:
-            await _until_gone(self._send_all(scope, send), receive)
+            await while_wanted(self._send_all(scope, send), receive, self.over)
+        except Refused as refused:
+            await _send_text(send, json.dumps(errors.body(refused.status, str(refused), code=refused.code)))
+            await _send_end(send)
         finally:
             with anyio.CancelScope(shield=True):
                 await self.events.aclose()
@@ -44,30 +49,38 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for event in self.events:
-                await _send_text(send, json.dumps(event, ensure_ascii=False))
-        except Exception:
-            logger.exception("request %s failed while streaming", scope["state"]["request_id"])
-            await _send_text(send, json.dumps(errors.body(500, "the engine failed", code="engine_error")))
+                await _send_text(send, json.dumps(event))
+        except Exception as error:
+            status, body = errors.of_failure(error)
+            if status >= 500:
+                logger.exception("request %s failed while streaming", scope["state"]["request_id"])
+            await _send_text(send, json.dumps(body))
         else:
             await _send_text(send, "[DONE]")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await _send_end(send)
 
 
-async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
-    """The result of `work`, which is cancelled when the caller leaves; None then."""
-    return await _until_gone(work, request.receive)
+async def while_wanted(work: Awaitable[Any], receive: Receive, over: asyncio.Event) -> Any:
+    """The result of `work`, which is cancelled when the caller leaves (None then) or the server's time is over.
 
-
-async def _until_gone(work: Awaitable[Any], receive: Receive) -> Any:
+    Raises Refused in the second case.
+    """
     result, failure = None, None
     async with anyio.create_task_group() as group:
 
-        async def watch() -> None:
+        async def watch_caller() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
             group.cancel_scope.cancel()
 
-        group.start_soon(watch)
+        async def watch_time() -> None:
+            nonlocal failure
+            await over.wait()
+            failure = Refused(503, "shutting_down", "the server shut down before the answer was whole", 5)
+            group.cancel_scope.cancel()
+
+        group.start_soon(watch_caller)
+        group.start_soon(watch_time)
         try:
             result = await work
         except Exception as error:  # noqa: BLE001 - raised below, outside the group, which would wrap it
@@ -79,4 +92,9 @@ async def _until_gone(work: Awaitable[Any], receive: Receive) -> Any:
 
 
 async def _send_text(send: Send, text: str) -> None:
+    """`text` is ASCII: some clients break lines at U+2028 and U+0085 too, which would end a JSON text halfway."""
     await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+
+
+async def _send_end(send: Send) -> None:
+    await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -6,6 +6,7 @@ shape (layers * 2, groups, length, head_dim), keys at even and values at odd pla
 
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from entrypoints.checkpoint.layout import Shape, tensors
 from entrypoints.checkpoint.manifest import write_manifest
 from entrypoints.checkpoint.native import open_native, read_prompt_format, write_json, write_prompt_format
 from entrypoints.checkpoint.original import TensorFiles, open_tensors, read_json
+from entrypoints.checkpoint.prefix_encoder import encoder_shapes, finished_prefix
 from entrypoints.errors import UserError
 from entrypoints.prompt import PromptFormat
 
@@ -67,8 +69,7 @@ def convert_adapter(
             raise UserError("a LoRA adapter is split by its base model's sizes", "name the converted base: --base DIR")
         name, data, config = _lora(source, shape)
     else:
-        own = Shape.from_original(read_json(source / "config.json"), source / "config.json")
-        name, data, config = _prefix(source, shape or own)
+        name, data, config = _prefix(source, shape or _shape_of_prefix(source / "config.json"))
     with written_beside(target, overwrite) as folder:
         save_file(data, folder / name, metadata={"format": "pt"})
         (folder / name).chmod(0o644)
@@ -116,7 +117,8 @@ def _lora(source: Path, shape: Shape) -> tuple[str, dict[str, torch.Tensor], dic
             raise UserError(
                 f"{source} holds {name}, which the base model has no place for", "is --base the right model?"
             )
-        expected = (config["r"], entry.columns[0]) if match[2] == "A" else (entry.shape[0], config["r"])
+        rank = config.get("r")
+        expected = (rank, entry.columns[0]) if match[2] == "A" else (entry.shape[0], rank)
         if tuple(tensor.shape) != expected:
             raise UserError(
                 f"{source}: {name} is {list(tensor.shape)}, the base model needs {list(expected)}",
@@ -127,6 +129,7 @@ def _lora(source: Path, shape: Shape) -> tuple[str, dict[str, torch.Tensor], dic
             module = native.removesuffix(".weight")
             targets.add(module.rpartition(".")[2])
             data[f"base_model.model.{module}.lora_{match[2]}.weight"] = part.contiguous()
+    _require_halves(source, data)
     kept = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora") if key in config}
     return (
         LORA_FILE,
@@ -149,6 +152,11 @@ def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     raise UserError(f"{folder} holds no {LORA_FILE} or adapter_model.bin", "copy the adapter's weights there")
 
 
+def _shape_of_prefix(file: Path) -> Shape:
+    # the tutorial's scripts quantise the base while they tune: the prefix itself never is
+    return Shape.from_original(read_json(file) | {"quantization_bit": 0}, file)
+
+
 def _prefix(source: Path, shape: Shape) -> tuple[str, dict[str, torch.Tensor], dict]:
     config = read_json(source / "config.json")
     stored = open_tensors(source)
@@ -158,29 +166,20 @@ def _prefix(source: Path, shape: Shape) -> tuple[str, dict[str, torch.Tensor], d
         for name, tensor in stored.of_file(file).items()
         if name.startswith(PREFIX_KEY)
     }
-    values = shape.layers * 2 * shape.groups * shape.head_dim
-    length = config["pre_seq_len"]
-    expected = {"embedding.weight": (length, values)}
-    if config.get("prefix_projection"):
-        middle = (shape.hidden, values)
-        expected |= {
-            "trans.0.weight": middle,
-            "trans.0.bias": middle[:1],
-            "trans.2.weight": middle[::-1],
-            "trans.2.bias": middle[1:],
-        }
+    length, projected = config["pre_seq_len"], bool(config.get("prefix_projection"))
+    expected = encoder_shapes(shape, length, projected)
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if shapes != expected:
         raise UserError(
             f"{source} holds a prefix of {shapes}, config.json and the base model say {expected}",
             "pre_seq_len and prefix_projection must be those it was tuned with, and the base its own",
         )
-    prefix = found["embedding.weight"]
-    if config.get("prefix_projection"):
-        hidden = torch.tanh(torch.nn.functional.linear(prefix, found["trans.0.weight"], found["trans.0.bias"]))
-        prefix = torch.nn.functional.linear(hidden, found["trans.2.weight"], found["trans.2.bias"])
-    prefix = prefix.view(length, shape.layers * 2, shape.groups, shape.head_dim).permute(1, 2, 0, 3).contiguous()
-    return PREFIX_FILE, {"prefix": prefix}, {"adapter_type": "ptuning-v2", "pre_seq_len": length}
+    return PREFIX_FILE, {"prefix": finished_prefix(found, shape)}, prefix_config(length)
+
+
+def prefix_config(length: int) -> dict:
+    """adapter_config.json of a native prefix."""
+    return {"adapter_type": "ptuning-v2", "pre_seq_len": length}
 
 
 def _checked_prefix_length(folder: Path, config: dict, base: Shape) -> int:
@@ -208,7 +207,9 @@ def _check_lora(folder: Path, config: dict, base: Shape) -> None:
         for name, size in entry.native_shapes().items()
         if len(size) == 2
     }
-    for name, entry in safetensors_header(file).items():
+    header = safetensors_header(file)
+    _require_halves(folder, header)
+    for name, entry in header.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", name)
         rows, columns = modules.get(match[1], (None, None)) if match else (None, None)
         expected = [config.get("r"), columns] if match and match[2] == "A" else [rows, config.get("r")]
@@ -217,3 +218,12 @@ def _check_lora(folder: Path, config: dict, base: Shape) -> None:
                 f"{file}: {name} is {entry['shape']}, the base model needs {expected}",
                 "use the base model it was tuned on",
             )
+
+
+def _require_halves(folder: Path, names: Collection[str]) -> None:
+    """PEFT would make up the half that is missing, and only warn."""
+    halves = [{name.partition(f".lora_{half}.")[0] for name in names if f".lora_{half}." in name} for half in "AB"]
+    alone = sorted(halves[0] ^ halves[1])
+    if alone or not halves[0]:
+        found = f"only half a LoRA of {', '.join(alone[:4])}" if alone else "no LoRA tensors"
+        raise UserError(f"{folder} holds {found}", "copy the adapter's weights again")

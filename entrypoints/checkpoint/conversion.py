@@ -91,6 +91,24 @@ def convert_to_original(source: Path, target: Path, dtype: str = "keep", overwri
         write_manifest(folder, {"made_by": "glm convert --to original", "source": source.resolve().name})
 
 
+def write_native(
+    checkpoint: native.NativeCheckpoint,
+    stored: TensorFiles,
+    folder: Path,
+    dtype: str = "keep",
+    change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Write native tensors anew into a native folder, all but its manifest; `change` may alter each of them.
+
+    checkpoint: whose shape, vocabulary and prompt format the folder gets.
+    """
+    require_space(folder, _size(stored, dtype))
+    parts = [Part(name, (name,)) for name in stored.tensors]
+    kept = _write_weights(stored, parts, folder, dtype, change=change)
+    native.copy_vocabulary(checkpoint.folder, folder)
+    native.write_settings(folder, checkpoint.shape, kept, checkpoint.tokenizer, checkpoint.prompt_format)
+
+
 def _native_parts(shape: Shape) -> list[Part]:
     parts = []
     for entry in tensors(shape):
@@ -102,7 +120,12 @@ def _native_parts(shape: Shape) -> list[Part]:
 
 
 def _write_weights(
-    stored: TensorFiles, parts: list[Part], folder: Path, dtype: str, extra: Callable[[torch.dtype], dict] | None = None
+    stored: TensorFiles,
+    parts: list[Part],
+    folder: Path,
+    dtype: str,
+    extra: Callable[[torch.dtype], dict] | None = None,
+    change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> str:
     """Write safetensors shards, grouped by the file they come from, and their index; returns the dtype's name."""
     as_dtype = None if dtype == "keep" else getattr(torch, dtype)
@@ -111,7 +134,7 @@ def _write_weights(
     with tqdm(total=_size(stored, dtype), unit="B", unit_scale=True, desc="weights", disable=None) as bar:
         for number, shard in enumerate(shards, start=1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            data = _read(stored, shard, as_dtype)
+            data = _read(stored, shard, as_dtype, change)
             written_dtype = next(iter(data.values())).dtype
             if extra and number == len(shards):
                 data |= extra(written_dtype)
@@ -145,14 +168,21 @@ def _shards(stored: TensorFiles, parts: Iterable[Part], as_dtype: torch.dtype | 
     yield shard
 
 
-def _read(stored: TensorFiles, shard: list[Part], as_dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def _read(
+    stored: TensorFiles,
+    shard: list[Part],
+    as_dtype: torch.dtype | None,
+    change: Callable[[str, torch.Tensor], torch.Tensor] | None,
+) -> dict[str, torch.Tensor]:
     needed = {stored.tensors[name].file for part in shard for name in part.sources}
     mapped = {name: tensor for file in needed for name, tensor in stored.of_file(file).items()}
     data = {}
     for part in shard:
         sources = [mapped[name] for name in part.sources]
         tensor = sources[0][part.start : part.stop] if len(sources) == 1 else torch.cat(sources)
-        data[part.name] = tensor.to(as_dtype or tensor.dtype).contiguous()
+        kept = as_dtype or tensor.dtype
+        tensor = change(part.name, tensor) if change else tensor
+        data[part.name] = tensor.to(kept).contiguous()
     return data
 
 

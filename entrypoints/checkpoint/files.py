@@ -88,6 +88,35 @@ def written_beside(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def file_written_beside(target: Path) -> Iterator[Path]:
+    """As `written_beside`, for one file: give the path to write; `target` must not exist."""
+    target = target.resolve()
+    with _locked(target):
+        if target.exists():
+            raise UserError(f"{target} exists", "choose another name, or remove it")
+        partial = target.parent / f".{target.name}.partial"
+        try:
+            yield partial
+            partial.rename(target)
+        except OSError as error:
+            raise UserError(
+                f"writing {target} failed: {error.strerror or error}", "free space or check the disk"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock on a file, made if it is not there, and wait for whoever holds it; for work that one does for all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks: at worst two do the same work
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
     busy = UserError(f"another process is writing {target}", "wait for it to end")
     try:

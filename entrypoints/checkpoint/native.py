@@ -51,7 +51,13 @@ def open_native(folder: Path, verify: bool = False) -> NativeCheckpoint:
         check_manifest(folder, hashes=verify)
     files = open_tensors(folder)
     files.check({name: size for entry in tensors(shape) for name, size in entry.native_shapes().items()})
-    return NativeCheckpoint(folder, shape, load_tokenizer(folder), read_prompt_format(folder), files)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.size > shape.vocabulary:
+        raise UserError(
+            f"{folder / TOKENIZER_FILE} has {tokenizer.size} ids, config.json {shape.vocabulary}",
+            "use the vocabulary of this checkpoint",
+        )
+    return NativeCheckpoint(folder, shape, tokenizer, read_prompt_format(folder), files)
 
 
 def write_settings(folder: Path, shape: Shape, dtype: str, tokenizer: Tokenizer, prompt_format: PromptFormat) -> None:

@@ -6,18 +6,18 @@ Limit: only BPE models with byte fallback and the identity normalizer, as ChatGL
 import logging
 from pathlib import Path
 
-import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
 from entrypoints.checkpoint.files import refuse_lfs_pointer
 from entrypoints.errors import UserError
-from entrypoints.prompt import CONTROL_TOKENS
+from entrypoints.prompt import ANSWER_ENDS, CONTROL_TOKENS
 
 logger = logging.getLogger(__name__)
 BLANK = "▁"  # SentencePiece's mark for a space
 VOCABULARY_FILE = "tokenizer.model"
 TOKENIZER_FILE = "tokenizer.json"
+LONG = 10_000  # letters; `encode` holds all other threads up, 2 s per million; the batch call is 3 times as fast
 PROBE = " 你好，  ①Ａ１ WORLD é \t\n🙂 "  # what a normalizer, or a model other than BPE, treats in another way
 
 
@@ -30,6 +30,8 @@ def convert_vocabulary(model_file: Path) -> tokenizers.Tokenizer:
     if not model_file.is_file():
         raise UserError(f"{model_file} does not exist", "copy tokenizer.model of the checkpoint there")
     refuse_lfs_pointer(model_file)
+    import sentencepiece  # only here: an image that runs converted models has no need of it
+
     pieces = sentencepiece.SentencePieceProcessor()
     try:
         pieces.Load(str(model_file))
@@ -50,7 +52,7 @@ def convert_vocabulary(model_file: Path) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    probe = PROBE + "".join(pieces.IdToPiece(id_) for id_ in ordinary[:: 1 + len(ordinary) // 100]).replace(BLANK, " ")
+    probe = PROBE + "".join(pieces.IdToPiece(id_) for id_ in ordinary).replace(BLANK, " ")
     if tokenizer.encode(probe).ids != pieces.EncodeAsIds(probe):
         raise UserError(f"{model_file} is no BPE that leaves text as it is", "use the vocabulary of ChatGLM3")
     tokenizer.add_special_tokens(
@@ -83,9 +85,10 @@ class Tokenizer:
         self._control = {name: backend.token_to_id(name) for name in CONTROL_TOKENS}
         self.eos_id: int = backend.token_to_id("</s>")
         self.pad_id: int = backend.token_to_id("<unk>")
-        self.stop_ids = (self.eos_id, self.control("<|user|>"), self.control("<|observation|>"))
+        self.stop_ids = (self.eos_id, *(self.control(name) for name in ANSWER_ENDS))
         self._pieces = self._bytes_of_pieces()
         self.size = backend.get_vocab_size()
+        self.longest = max(map(len, self._pieces))  # bytes of one id at most
 
     def __reduce__(self) -> tuple:
         return Tokenizer, (self._backend,)  # the backend forgets its settings when it is pickled
@@ -93,14 +96,21 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text as SentencePiece gives them, with its dummy prefix and no special ids.
 
-        Lone surrogates, which broken input can hold, count as U+FFFD.
+        Surrogates, which broken input can hold, count as the character of a pair, or as U+FFFD.
         """
-        text = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if len(text) > LONG:  # slower for short ones
+            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def piece(self, id_: int) -> bytes:
         """Bytes of one id; empty for control, padding, undefined and negative ids."""
         return self._pieces[id_] if 0 <= id_ < len(self._pieces) else b""
+
+    def byte(self, value: int) -> int:
+        """Id of the piece that stands for one byte, 0 to 255."""
+        return self._backend.token_to_id(f"<0x{value:02X}>")
 
     def control(self, name: str) -> int:
         """Id of one of CONTROL_TOKENS."""
@@ -126,13 +136,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not file.is_file():
         raise UserError(f"{folder} holds no {TOKENIZER_FILE}", "convert the checkpoint first: glm convert SRC DST")
     refuse_lfs_pointer(file)
+    return parse_tokenizer(file.read_bytes(), f"{file}")
+
+
+def parse_tokenizer(text: bytes | str, source: str) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`'s text; `source` names it in errors.
+
+    Raises UserError when it is damaged or lacks ChatGLM3's control tokens.
+    """
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend = tokenizers.Tokenizer.from_buffer(text.encode() if isinstance(text, str) else text)
     except Exception as error:
-        raise UserError(f"{file} cannot be read ({error})", "convert the checkpoint again") from error
+        raise UserError(f"{source} cannot be read ({error})", "convert the checkpoint again") from error
     missing = [name for name in (*CONTROL_TOKENS, "</s>", "<unk>") if backend.token_to_id(name) is None]
     if missing:
         raise UserError(
-            f"{file} lacks {', '.join(missing)}", "this is no ChatGLM3 vocabulary; convert one with glm convert"
+            f"{source} lacks {', '.join(missing)}", "this is no ChatGLM3 vocabulary; convert one with glm convert"
         )
     return Tokenizer(backend)

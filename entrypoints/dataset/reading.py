@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from entrypoints.errors import UserError
+from entrypoints.prompt import as_messages
 
 JSON_BLANK = re.compile(r"[ \t\r\n]*")
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # "\ud83d" alone in JSON: no tokenizer and no UTF-8 file can hold it
@@ -30,21 +31,31 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Names of the fields that hold the prompt, the response and, for several turns, the earlier ones."""
+    """Names of the fields that hold the prompt, the response and, for several turns, the earlier ones.
+
+    conversations: in place of the others, the field with all turns as messages of the API: role, content, and where
+    there are any metadata (the tool that is called) and tools (on the system turn).
+    """
 
     prompt: str = "content"
     response: str = "summary"
     history: str | None = None
+    conversations: str | None = None
 
     def flags(self) -> dict[str, str]:
         """The flag of every column that is in use, with the name it was given."""
+        if self.conversations is not None:
+            return {"--conversations-column": self.conversations}
         names = {"--prompt-column": self.prompt, "--response-column": self.response, "--history-column": self.history}
         return {flag: name for flag, name in names.items() if name is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A usable row; `index` counts the rows of its file from 0, skipped ones too; history is (question, answer)."""
+    """A usable row; `index` counts the rows of its file from 0, skipped ones too; history is (question, answer).
+
+    turns: all messages of a conversation, the answer too; prompt and response are then the last texts of its kind.
+    """
 
     file: Path
     line: int
@@ -52,6 +63,7 @@ class Example:
     prompt: str
     response: str
     history: list[tuple[str, str]] = field(default_factory=list)
+    turns: list[dict] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +121,7 @@ def examples(rows: list[Row], columns: Columns, strict: bool = False) -> tuple[l
         if reason:
             skipped.append(Skipped(row.file, row.line, reason))
         else:
-            history = [(question, answer) for question, answer in _history(row.fields, columns)]
-            prompt, response = row.fields[columns.prompt], row.fields[columns.response]
-            used.append(Example(row.file, row.line, position[row.file], prompt, response, history))
+            used.append(_example(row, position[row.file], columns))
         position[row.file] += 1
     if skipped and (strict or not used):
         counts = ", ".join(
@@ -123,6 +133,15 @@ def examples(rows: list[Row], columns: Columns, strict: bool = False) -> tuple[l
             f"mend the rows or name other columns with {' and '.join(columns.flags())}",
         )
     return used, skipped
+
+
+def _example(row: Row, index: int, columns: Columns) -> Example:
+    if columns.conversations is not None:
+        turns = row.fields[columns.conversations]
+        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+        return Example(row.file, row.line, index, asked[-1] if asked else "", turns[-1]["content"], turns=turns)
+    history = [(question, answer) for question, answer in _history(row.fields, columns)]
+    return Example(row.file, row.line, index, row.fields[columns.prompt], row.fields[columns.response], history)
 
 
 def _decode(data: bytes, file: Path, encoding: str) -> str:
@@ -215,6 +234,8 @@ def _require_columns(rows: list[Row], columns: Columns) -> None:
 
 
 def _problem(fields: dict[str, Any], columns: Columns) -> str | None:
+    if columns.conversations is not None:
+        return _conversation_problem(fields, columns.conversations)
     for role, column in (("prompt", columns.prompt), ("response", columns.response)):
         if column not in fields:
             return f"no column {column!r}"
@@ -232,6 +253,25 @@ def _problem(fields: dict[str, Any], columns: Columns) -> str | None:
         return "history is not a list of [question, answer] pairs"
     if any(HALF_CHARACTER.search(text) for pair in pairs for text in pair):
         return "history holds half a character (a lone surrogate)"
+    return None
+
+
+def _conversation_problem(fields: dict[str, Any], column: str) -> str | None:
+    turns = fields.get(column)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return f"{column!r} is not a list of messages"
+    try:
+        messages = as_messages(turns)
+    except UserError as error:
+        return error.problem
+    if not messages or messages[-1].role != "assistant":
+        return "the conversation does not end with an answer"
+    if not messages[-1].content.strip():
+        return "empty response"
+    if len(messages) < 2 or messages[-2].role not in ("user", "observation"):
+        return "the last answer follows no question"
+    if HALF_CHARACTER.search(json.dumps(turns, ensure_ascii=False)):
+        return "the conversation holds half a character (a lone surrogate)"
     return None
 
 

@@ -1,5 +1,6 @@
 """The interface between an engine and all that talks to a model. An engine takes token ids and gives token ids."""
 
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from typing import Protocol
 
@@ -37,10 +38,15 @@ class Engine(Protocol):
     features: frozenset[str]  # fields of Sampling that it honours: seed, top_logprobs, json_schema, …_penalty
 
     def generate(
-        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None = None
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        adapter: str | None = None,
+        cancelled: threading.Event | None = None,
     ) -> Generator[Token, None, None]:
         """Yield the answer's tokens one by one, without the stop id; closing the generator frees the slot at once.
 
+        Setting `cancelled` ends the generator too, also while it waits for its turn or reads its prompt.
         Raises UserError when the prompt leaves no room in the window, before the first token.
         """
 

@@ -13,12 +13,14 @@ from collections.abc import Generator, Sequence
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingTopKLogitsWarper
 
 from entrypoints.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 PAGE = 256  # tokens
 CPU_BATCH_TOKENS = 512  # read in one step; more would only make the others' next token wait
+POLL_SECONDS = 0.1  # how soon an answer that has no token yet hears that nobody wants it any more
 FEATURES = ("top_k", "top_p", "temperature", "max_new_tokens")
 
 
@@ -48,6 +50,9 @@ class ContinuousBatcher:
                 use_async_batching=None if not on_cpu else False,
             ),
         )
+        for processor in self._manager.logit_processor.logits_processor:
+            if isinstance(processor, ContinuousBatchingTopKLogitsWarper):
+                processor.__class__ = _ExactTopK
         self._numbers = itertools.count()
         self._waiting: dict[str, queue.SimpleQueue] = {}
         self._closed = threading.Event()
@@ -61,8 +66,10 @@ class ContinuousBatcher:
         plain = Sampling(**{name: getattr(sampling, name) for name in FEATURES})
         return sampling == plain
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int, None, None]:
-        """Yield the ids of one answer without its stop id; closing the generator takes it out of the batch."""
+    def generate(
+        self, prompt: Sequence[int], sampling: Sampling, cancelled: threading.Event
+    ) -> Generator[int, None, None]:
+        """Yield the ids of one answer without its stop id; closing or cancelling takes it out of the batch."""
         name = f"answer-{next(self._numbers)}"
         results = self._waiting[name] = queue.SimpleQueue()
         self._manager.add_request(
@@ -75,8 +82,11 @@ class ContinuousBatcher:
         )
         seen, finished = 0, False
         try:
-            while not finished:
-                output = results.get()
+            while not finished and not cancelled.is_set():
+                try:
+                    output = results.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    continue
                 if isinstance(output, Exception):
                     raise output
                 if output.error:
@@ -120,6 +130,17 @@ class ContinuousBatcher:
             waiting.put(error)
 
 
+class _ExactTopK(ContinuousBatchingTopKLogitsWarper):
+    """top_k = 1 leaves one candidate, also where two are equally likely, which half precision often makes them."""
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        kept = super().__call__(scores, tensor_arg)
+        single = (tensor_arg[: scores.size(0)] == 1).unsqueeze(-1)
+        best = scores.argmax(dim=-1, keepdim=True)
+        others = torch.ones_like(scores, dtype=torch.bool).scatter(1, best, False)
+        return kept.masked_fill(single & others, self.filter_value)
+
+
 def with_shared_weights(model: torch.nn.Module) -> torch.nn.Module:
     """A second model object on the same tensors: its settings and wrappers can change without touching the first."""
     tensors = (*model.parameters(), *model.buffers())
@@ -127,7 +148,7 @@ def with_shared_weights(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _choice(sampling: Sampling, vocabulary: int) -> dict:
-    if sampling.temperature == 0:  # the likeliest of one candidate
+    if sampling.greedy:  # the likeliest of one candidate
         return {"temperature": 1.0, "top_p": 1.0, "top_k": 1}
     return {
         "temperature": float(sampling.temperature),

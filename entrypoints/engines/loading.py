@@ -34,8 +34,11 @@ def check(engine: str, model: Path, adapters: Mapping[str, Path]) -> None:
     from entrypoints.checkpoint.native import open_native
 
     shape = open_native(model).shape
-    for path in adapters.values():
-        open_adapter(path, shape)
+    opened = {name: open_adapter(path, shape) for name, path in adapters.items()}
+    if engine == "vllm":
+        from entrypoints.engines.vllm_settings import refuse_prefixes
+
+        refuse_prefixes(opened)
 
 
 def load(
@@ -55,7 +58,7 @@ def load(
     if engine == "vllm":
         from entrypoints.engines.vllm_engine import VllmEngine
 
-        return VllmEngine.load(model, adapters, slots=slots)
+        return VllmEngine.load(model, adapters, slots, device, dtype, verify)
     from entrypoints.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine.load_for_serving(model, adapters, device, dtype, slots, verify)

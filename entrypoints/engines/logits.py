@@ -3,16 +3,17 @@
 import queue
 
 import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from entrypoints.engines.base import Token
-from entrypoints.errors import UserError
+from entrypoints.errors import BrokenModel
 from entrypoints.sampling import Sampling
 
 
 def refuse_broken_numbers(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Raise UserError on NaN, which sampling would turn into some token or other."""
-    if torch.isnan(scores).any():
-        raise UserError("the model computed numbers that are none (NaN)", "load it with --dtype float32 or bfloat16")
+    """Raise BrokenModel on NaN and infinity, which the choice would turn into some token or other."""
+    if torch.isnan(scores).any() or torch.isposinf(scores).any():
+        raise BrokenModel("the model computed numbers that are none (NaN)", "load it with --dtype float32 or bfloat16")
     return scores
 
 
@@ -56,3 +57,26 @@ class Penalties:
         written = ids[:, self._prompt_length :]
         counts = torch.zeros_like(scores).scatter_add_(1, written, torch.ones_like(written, dtype=scores.dtype))
         return scores - wanted.frequency_penalty * counts - wanted.presence_penalty * (counts > 0)
+
+
+class SeededChoice:
+    """Draws each token with random numbers of its own, and leaves no other choice.
+
+    The generator that all of torch shares would deal its numbers out to all answers that run at the same time, and go
+    on from the seed with the next answer that wants to be another one each time.
+    """
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self._random = torch.Generator(device).manual_seed(sampling.seed)
+        self._warpers = [TemperatureLogitsWarper(float(sampling.temperature))]
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(float(sampling.top_p)))
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (rows, vocabulary) that are finite for the drawn token alone."""
+        for warper in self._warpers:
+            scores = warper(ids, scores)
+        drawn = torch.multinomial(scores.softmax(dim=-1), 1, generator=self._random)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from entrypoints.checkpoint.layout import Shape, tensors
+from entrypoints.engines.machine import available_memory
 from entrypoints.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -75,18 +75,6 @@ def spread(shape: Shape, count: int, kind: str = "cuda") -> dict[str, str]:
     ends = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), names[0])
     layers = {f"model.layers.{n}": names[min(int((n + 2) / per_device), count - 1)] for n in range(shape.layers)}
     return {**ends, **layers}
-
-
-def available_memory() -> int:
-    """Bytes of host memory that this process may still take: the machine's, or its control group's if that is less."""
-    available = psutil.virtual_memory().available
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if Path(limit).is_file() and (text := Path(limit).read_text().strip()) != "max":
-            available = min(available, max(0, int(text) - int(Path(used).read_text())))
-    return available
 
 
 def _kind(device: str) -> str:

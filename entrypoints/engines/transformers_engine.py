@@ -4,14 +4,21 @@ With more than one slot, requests for the model itself run through continuous ba
 ask for; the rest (adapters, seeds, penalties, log probabilities) is generated one at a time.
 """
 
+import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GlmForCausalLM, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GlmForCausalLM,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
@@ -20,7 +27,7 @@ from entrypoints.checkpoint.native import open_native
 from entrypoints.checkpoint.tokenizer import Tokenizer
 from entrypoints.engines.base import Token
 from entrypoints.engines.continuous import ContinuousBatcher, with_shared_weights
-from entrypoints.engines.logits import Penalties, Recorder, refuse_broken_numbers
+from entrypoints.engines.logits import Penalties, Recorder, SeededChoice, refuse_broken_numbers
 from entrypoints.engines.placement import Placement, place
 from entrypoints.engines.prefix import PrefixedGlm
 from entrypoints.errors import UserError
@@ -29,6 +36,7 @@ from entrypoints.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 END = None  # the streamer's last word
+POLL_SECONDS = 0.1  # how soon an answer that waits for its turn hears that nobody wants it any more
 
 
 class TransformersEngine:
@@ -99,15 +107,20 @@ class TransformersEngine:
         return "the batching loop died" if self._batcher and self._batcher.broken else None
 
     def generate(
-        self, prompt: Sequence[int], sampling: Sampling, adapter: str | None = None
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        adapter: str | None = None,
+        cancelled: threading.Event | None = None,
     ) -> Generator[Token, None, None]:
-        """Yield the answer's tokens, without the stop id; closing the generator stops the model at its next token."""
+        """Yield the answer's tokens, without the stop id; closing or cancelling stops the model at its next token."""
         settings, recorder = self._settings([prompt], sampling)
+        cancelled = cancelled or threading.Event()
         if self._batcher and adapter is None and self._batcher.can(sampling):
             batched = Sampling(**{**vars(sampling), "max_new_tokens": settings["max_new_tokens"]})
-            ids = self._batcher.generate(prompt, batched)
+            ids = self._batcher.generate(prompt, batched, cancelled)
         else:
-            ids = self._stream(self._adapted[adapter] if adapter else self.model, settings, sampling)
+            ids = self._stream(self._adapted[adapter] if adapter else self.model, settings, cancelled)
         try:
             for id_ in ids:
                 yield recorder.token(id_) if sampling.top_logprobs is not None else Token(id_)
@@ -119,7 +132,6 @@ class TransformersEngine:
         settings, _ = self._settings(prompts, sampling)
         width = settings["input_ids"].shape[1]
         with self._turn, torch.inference_mode():
-            _seed(sampling)
             rows = self.model.generate(**settings)[:, width:].tolist()
         return [self._until_stop(row) for row in rows]
 
@@ -128,17 +140,21 @@ class TransformersEngine:
         if self._batcher:
             self._batcher.close()
 
-    def _stream(self, model: torch.nn.Module, settings: dict, sampling: Sampling) -> Generator[int, None, None]:
-        streamer, stopped = _IdStreamer(), threading.Event()
-        settings["streamer"] = streamer
-        settings["stopping_criteria"] = StoppingCriteriaList([lambda ids, scores: _all_rows(ids, stopped.is_set())])
+    def _stream(self, model: torch.nn.Module, settings: dict, cancelled: threading.Event) -> Generator[int, None, None]:
+        streamer, left = _IdStreamer(), threading.Event()
+
+        def stop(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return _all_rows(ids, left.is_set() or cancelled.is_set())
+
+        settings |= {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([stop])}
 
         def work() -> None:
             try:
-                with self._turn, torch.inference_mode():
-                    if not stopped.is_set():
-                        _seed(sampling)
+                with self._own_turn(cancelled) as ours, torch.inference_mode():
+                    if ours:
                         model.generate(**settings)
+                    else:
+                        streamer.end()
             except BaseException as error:  # noqa: BLE001 - handed over to the caller's thread, which raises it
                 streamer.fail(error)
 
@@ -149,8 +165,19 @@ class TransformersEngine:
                 if id_ not in self.tokenizer.stop_ids:
                     yield id_
         finally:
-            stopped.set()
+            left.set()
             worker.join()
+
+    @contextlib.contextmanager
+    def _own_turn(self, cancelled: threading.Event) -> Iterator[bool]:
+        """Wait for the turn and hold it; False if the answer was cancelled before it came."""
+        while not (ours := self._turn.acquire(timeout=POLL_SECONDS)) and not cancelled.is_set():
+            pass
+        try:
+            yield ours
+        finally:
+            if ours:
+                self._turn.release()
 
     def _settings(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> tuple[dict, Recorder]:
         longest = max(len(prompt) for prompt in prompts)
@@ -160,19 +187,26 @@ class TransformersEngine:
         pad = self.tokenizer.pad_id
         ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        greedy = sampling.temperature == 0
-        choice = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+        drawn = not sampling.greedy and sampling.seed is None
+        choice = {
+            "temperature": float(sampling.temperature),
+            "top_p": float(sampling.top_p),
+            "top_k": sampling.top_k or 0,
+        }
         recorder = Recorder(sampling.top_logprobs)
+        # in this order: what is recorded is the model's own opinion
+        processors = [refuse_broken_numbers, recorder, Penalties(sampling, longest)]
+        if not (drawn or sampling.greedy):
+            processors.append(SeededChoice(sampling, device))
         settings = {
             "input_ids": torch.tensor(ids, device=device),
             "attention_mask": torch.tensor(mask, device=device),
             "max_new_tokens": min(sampling.max_new_tokens, self.window - longest),
-            "do_sample": not greedy,
+            "do_sample": drawn,
             "eos_token_id": list(self.tokenizer.stop_ids),
             "pad_token_id": pad,
-            # in this order: what is recorded is the model's own opinion
-            "logits_processor": LogitsProcessorList([refuse_broken_numbers, recorder, Penalties(sampling, longest)]),
-            **({} if greedy else choice),
+            "logits_processor": LogitsProcessorList(processors),
+            **(choice if drawn else {}),
         }
         return settings, recorder
 
@@ -211,8 +245,7 @@ def _load_model(folder: Path, placement: Placement) -> GlmForCausalLM:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=placement.dtype, device_map=placement.device_map, local_files_only=True
     )
-    model.generation_config.temperature = None  # every request says what it wants; nothing is inherited unseen
-    model.generation_config.top_p = model.generation_config.top_k = None
+    model.generation_config = GenerationConfig()  # every request says what it wants; nothing is inherited unseen
     return model
 
 
@@ -230,8 +263,3 @@ def _adapt(model: GlmForCausalLM, adapter: Adapter) -> torch.nn.Module:
 
 def _all_rows(ids: torch.Tensor, value: bool) -> torch.Tensor:
     return torch.full((ids.shape[0],), value, dtype=torch.bool, device=ids.device)
-
-
-def _seed(sampling: Sampling) -> None:
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)

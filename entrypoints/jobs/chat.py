@@ -4,6 +4,7 @@ In the terminal `clear` starts anew and `stop` ends; Ctrl-C stops an answer, and
 """
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -21,7 +22,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `glm chat`."""
-    parser.add_argument("--model", type=Path, help="converted checkpoint; overrides MODEL_PATH")
+    parser.add_argument("--model", type=Path, help="converted checkpoint or GGUF file; overrides MODEL_PATH")
     parser.add_argument("--adapter", type=Path, help="converted LoRA or P-Tuning v2 adapter; overrides ADAPTER_PATH")
     parser.add_argument("--device", choices=DEVICES, help="overrides DEVICE")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the weights")
@@ -49,7 +50,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Load the model and answer until the questions end."""
-    sys.stdin.reconfigure(errors="replace")  # broken text in a pipe or a paste must not end the talk
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # broken text in a pipe or a paste must not end the talk
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -75,11 +77,24 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
             turns = list(system)
             _clear_screen()
         else:
-            turns = _answer(chat, [*turns, Message("user", query)], sampling, args.json)
+            turns = _turn(chat, [*turns, Message("user", query)], sampling, args.json)
     return 0
 
 
-def _answer(chat: object, turns: list[Message], sampling: Sampling, as_json: bool) -> list[Message]:
+def _turn(chat: object, turns: list[Message], sampling: Sampling, as_json: bool) -> list[Message]:
+    """Answer within a talk: in the terminal neither Ctrl-C nor too long a question ends it."""
+    try:
+        return _answer(chat, turns, sampling, as_json, stoppable=_in_terminal())
+    except UserError as error:
+        if not _in_terminal():
+            raise
+        print(f"glm: {error}", file=sys.stderr)
+        return turns[:-1]
+
+
+def _answer(
+    chat: object, turns: list[Message], sampling: Sampling, as_json: bool, stoppable: bool = False
+) -> list[Message]:
     from entrypoints.conversation import answered
 
     reply, stream = None, chat.reply(turns, sampling)
@@ -88,10 +103,13 @@ def _answer(chat: object, turns: list[Message], sampling: Sampling, as_json: boo
             if not as_json:
                 print(text, end="", flush=True)
     except KeyboardInterrupt:
-        if reply is None or not sys.stdin.isatty():
+        if not stoppable:
             raise
         stream.close()
-        print(" (stopped)", end="", file=sys.stderr)
+        print(" (stopped)", end="", file=sys.stderr, flush=True)
+    if reply is None:  # stopped before its first word
+        print(file=sys.stderr)
+        return turns[:-1]
     if reply.dropped_turns:
         logger.warning("the window is full: the %d oldest turns were left out", reply.dropped_turns)
     if as_json:
@@ -117,20 +135,30 @@ def _as_dict(turns: list[Message], reply: object) -> dict:
 
 def _questions() -> Iterator[str]:
     """Questions typed in the terminal, or the lines of a pipe; ends at `stop` or the end of the input."""
-    terminal = sys.stdin.isatty()
-    if terminal:
+    if _in_terminal():
         import readline  # noqa: F401 - gives input() its line editing and history
 
         print("Ask; `clear` starts anew, `stop` ends.", file=sys.stderr)
     while True:
         try:
-            query = input("\n> ") if terminal else next(sys.stdin, None)
+            query = _typed() if _in_terminal() else next(sys.stdin or iter(()), None)
         except EOFError:
             return
         if query is None or query.strip() == "stop":
             return
         if query.strip():
             yield query.strip()
+
+
+def _typed() -> str:
+    if sys.stdout.isatty():
+        return input("\n> ")
+    print("\n> ", end="", file=sys.stderr, flush=True)  # stdout goes to a file: answers only
+    return input()
+
+
+def _in_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _clear_screen() -> None:

@@ -60,8 +60,13 @@ def _add_split(actions: argparse._SubParsersAction) -> None:
 
 
 def _action(actions: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    return actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", formatter_class=formatter)
+    return actions.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def _check(args: argparse.Namespace, settings: Settings) -> str:

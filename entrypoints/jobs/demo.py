@@ -43,6 +43,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     _say("Full-parameter fine-tuning")
     _glm("train", "--model-name-or-path", folder / "native", "--train-file", folder / "train.jsonl", *columns,
          "--output-dir", folder / "tuned", "--overwrite-output-dir", "--num-train-epochs", args.num_train_epochs,
+         "--max-source-length", 256, "--max-target-length", 128,
          "--per-device-train-batch-size", 16, "--learning-rate", 2e-3, "--lr-scheduler-type", "cosine",
          "--warmup-steps", 20, "--weight-decay", 0.01, "--logging-steps", 50, "--save-steps", 100000)  # fmt: skip
     _say("Scores on the rows it learnt, and on rows it never saw")

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-column", help="column of the question; as in training if not given, else content")
     parser.add_argument("--response-column", help="column of the reference; as in training if not given, else summary")
     parser.add_argument("--history-column", help="column of earlier pairs; as in training if not given")
+    parser.add_argument("--conversations-column", help="in place of the three: column of messages")
     parser.add_argument("--encoding", default="utf-8", help="of the file; gb18030 for GBK")
     parser.add_argument(
         "--max-source-length", type=int, help="most tokens of a prompt; as in training if not given, else 512"
@@ -50,13 +51,15 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     model = args.model or settings.model_path
     if not model:
         raise UserError("no model is named", "add --model DIR or set MODEL_PATH")
-    if args.per_device_eval_batch_size < 1:
-        raise UserError(f"--per-device-eval-batch-size {args.per_device_eval_batch_size} is below 1", "use 1 or more")
+    _refuse_low_numbers(args)
     from entrypoints import evaluation, scoring
+    from entrypoints.checkpoint.native import open_native
     from entrypoints.dataset.reading import Columns, column_counts, examples, read_rows
     from entrypoints.sampling import Sampling
 
-    origin = _training_origin(Path(model))
+    open_native(Path(model))  # what is wrong with the folder shows now, not after the rows
+    adapter = args.adapter or settings.adapter_path or None
+    origin = _training_origin(Path(adapter or model))
     file_rows = read_rows(args.test_file, args.encoding)
     columns = Columns(**{**origin.get("columns", {}), **_given_columns(args)})
     if not args.history_column and columns.history not in column_counts(file_rows):
@@ -65,19 +68,29 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     target = args.max_target_length or origin.get("max_target_length", 512)
     rows, skipped = examples(file_rows, columns)
     sampling = Sampling(max_new_tokens=target, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    evaluation.make_folder(args.output_dir)
     scoring.self_test()
     from tqdm import tqdm
 
     from entrypoints.engines.transformers_engine import TransformersEngine
 
-    adapter = args.adapter or settings.adapter_path or None
     engine = TransformersEngine.load(
         Path(model), Path(adapter) if adapter else None, args.device or settings.device, args.dtype
     )
     rows = rows[: args.max_predict_samples]
     predictions = evaluation.predict(engine, rows, sampling, source, args.per_device_eval_batch_size)
-    scores = evaluation.evaluate(tqdm(predictions, total=len(rows), desc="answers"), args.output_dir, args.bleu_tokens)
+    scores = evaluation.evaluate(
+        tqdm(predictions, total=len(rows), desc="answers", disable=None), args.output_dir, args.bleu_tokens
+    )
     print(json.dumps({**scores.as_dict(), "n_skipped": len(skipped)}, ensure_ascii=False, indent=2))
+
+
+def _refuse_low_numbers(args: argparse.Namespace) -> None:
+    flags = ("max_source_length", "max_target_length", "max_predict_samples", "per_device_eval_batch_size")
+    low = [name for name in flags if getattr(args, name) is not None and getattr(args, name) < 1]
+    if low:
+        given = "; ".join(f"--{name.replace('_', '-')} {getattr(args, name)} is below 1" for name in low)
+        raise UserError(given, "see glm evaluate --help")
 
 
 def _training_origin(model: Path) -> dict:
@@ -89,4 +102,5 @@ def _training_origin(model: Path) -> dict:
 
 def _given_columns(args: argparse.Namespace) -> dict:
     given = {"prompt": args.prompt_column, "response": args.response_column, "history": args.history_column}
+    given["conversations"] = args.conversations_column
     return {name: column for name, column in given.items() if column is not None}

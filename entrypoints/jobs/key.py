@@ -23,7 +23,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     """Append the line, and print the key."""
     from entrypoints.api.auth import digest, new_key, read_keys
 
-    if not args.name.isprintable() or any(letter.isspace() or letter == "#" for letter in args.name):
+    if not args.name.isprintable() or args.name.split() != [args.name] or "#" in args.name:
         raise UserError(f"{args.name!r} cannot be a key's name", "use letters without blanks")
     if min(args.requests_per_minute, args.concurrent) < 1:
         raise UserError("a limit is below 1", "use --requests-per-minute and --concurrent of 1 or more")
@@ -31,8 +31,11 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         raise UserError(f"{args.file} has a key named {args.name}", "choose another name, or delete its line first")
     key = new_key()
     try:
-        with open(args.file, "a", encoding="utf-8", opener=_private) as stream:
-            stream.write(f"{args.name} {digest(key)} {args.requests_per_minute} {args.concurrent}\n")
+        with open(args.file, "a+", encoding="utf-8", opener=_private) as stream:
+            stream.seek(0)
+            text = stream.read()
+            glue = "\n" if text and not text.endswith("\n") else ""
+            stream.write(f"{glue}{args.name} {digest(key)} {args.requests_per_minute} {args.concurrent}\n")
     except OSError as error:
         raise UserError(f"cannot write {args.file} ({error.strerror})", "choose another file") from error
     print(key)

@@ -16,6 +16,7 @@ from entrypoints.settings import DEVICES, Settings
 
 logger = logging.getLogger(__name__)
 ENGINES = ("auto", "transformers", "llamacpp", "vllm")
+LEAST = {"slots": 1, "queue": 0, "drain_seconds": 0, "max_body_bytes": 1, "port": 0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,9 +58,13 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     model = Path(args.model or settings.model_path or "")
     if not (args.model or settings.model_path):
         raise UserError("no model is named", "add --model DIR or set MODEL_PATH")
-    low = [f"--{name} {getattr(args, name)}" for name in ("slots", "queue") if getattr(args, name) < (name == "slots")]
+    low = {name: least for name, least in LEAST.items() if getattr(args, name) < least}
+    if args.port > 65535:  # more bits would be left out in silence
+        raise UserError(f"--port {args.port} is no port", "--port is 0 to 65535")
     if low:
-        raise UserError(f"{', '.join(low)} is too low", "--slots is 1 or more, --queue 0 or more")
+        given = ", ".join(f"{_flag(name)} {getattr(args, name)}" for name in low)
+        bounds = ", ".join(f"{_flag(name)} is {least} or more" for name, least in low.items())
+        raise UserError(f"too low: {given}", bounds)
     from entrypoints.api.auth import KeyRing
     from entrypoints.api.server import Options, Serving
 
@@ -71,9 +76,10 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
             f"--host {args.host} would let everyone on the network in",
             "add --api-keys-file (see glm key) or --insecure-no-auth",
         )
-    engine, load = _engine(args, settings, model)
+    name = args.served_model_name or model.resolve().name.removesuffix(".gguf")
+    engine, load = _engine(args, settings, model, _adapters(args.adapter, name))
     options = Options(
-        model=args.served_model_name or model.resolve().name.removesuffix(".gguf"),
+        model=name,
         slots=args.slots,
         queue=args.queue,
         cors_origins=tuple(args.cors_origin),
@@ -90,9 +96,10 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def _engine(args: argparse.Namespace, settings: Settings, model: Path) -> tuple[str, Callable]:
+def _engine(
+    args: argparse.Namespace, settings: Settings, model: Path, adapters: dict[str, Path]
+) -> tuple[str, Callable]:
     """Name of the engine, and how to load it; what can be known of the model is checked now."""
-    adapters = dict(_named_folder(text) for text in args.adapter)
     from entrypoints.engines.loading import check, engine_for, load
 
     name = engine_for(model) if args.engine == "auto" else args.engine
@@ -103,11 +110,21 @@ def _engine(args: argparse.Namespace, settings: Settings, model: Path) -> tuple[
     )
 
 
-def _named_folder(text: str) -> tuple[str, Path]:
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise UserError(f"--adapter {text} is not understood", "write --adapter NAME=DIR")
-    return name, Path(folder)
+def _adapters(texts: list[str], model: str) -> dict[str, Path]:
+    """Folder of each adapter; raises UserError for one that could not be told from another or from the model."""
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise UserError(f"--adapter {text} is not understood", "write --adapter NAME=DIR")
+        if name in found or name == model:
+            raise UserError(f"--adapter {text} takes a name that is taken", "give model and adapters different names")
+        found[name] = Path(folder)
+    return found
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _is_loopback(host: str) -> bool:
@@ -126,6 +143,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(1024)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(f"cannot listen on {host}:{port} ({error})", "choose another --host or --port") from error
     return listener

@@ -185,6 +185,22 @@ def test_a_question_that_does_not_fit_is_refused_with_both_numbers(toy_tokenizer
         FORMAT.fit([["a", "b"], user("字" * 200)], toy_tokenizer, 64)
 
 
+def test_a_very_long_conversation_is_cut_without_encoding_it_once_for_each_turn(toy_tokenizer):
+    """1,000 questions: as many encodings of the whole took half a minute."""
+
+    class Counting:
+        eos_id, control, asked = toy_tokenizer.eos_id, toy_tokenizer.control, 0
+
+        def encode(self, text):
+            self.asked += 1
+            return toy_tokenizer.encode(text)
+
+    codec, turns = Counting(), as_messages([*[["问题", "好"]] * 1000, user("最后")])
+    kept, dropped = FORMAT.fit(turns, codec, 100)
+    assert len(FORMAT.encode(kept, toy_tokenizer)) <= 100 < len(FORMAT.encode(turns[dropped - 2 :], toy_tokenizer))
+    assert codec.asked <= 2 * len(turns) * 13  # header and body of each turn, for 2 + log2 of the turns at most
+
+
 @pytest.fixture(scope="module")
 def other_program(toy_native):
     """How a program that is not ours loads the folder."""

@@ -22,6 +22,11 @@ def test_the_defaults_are_those_of_chatglm3s_own_chat():
         ("top_k", 1),
         ("repetition_penalty", 2),
         ("seed", 0),
+        ("seed", -(2**63)),
+        ("frequency_penalty", -2),
+        ("presence_penalty", 2),
+        ("top_logprobs", 0),
+        ("top_logprobs", 20),
     ],
 )
 def test_the_bounds_themselves_are_allowed(field, value):
@@ -41,6 +46,11 @@ def test_the_bounds_themselves_are_allowed(field, value):
         ("top_k", 0),
         ("repetition_penalty", 0),
         ("repetition_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("presence_penalty", 2.1),
+        ("top_logprobs", -1),
+        ("top_logprobs", 21),
+        ("seed", 2**63),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_with_its_name_and_itself(field, value):

@@ -1,0 +1,181 @@
+"""The engine of llama.cpp, through xllamacpp: one GGUF file, several answers at once, no torch.
+
+llama.cpp gets token ids and gives token ids; prompts, stop ids and text stay ours. Its own HTTP listener cannot be left
+out, so it listens on a socket file that is removed at once: nobody can connect.
+Frequency and presence penalty count the prompt's tokens too, unlike the other engines'.
+"""
+
+import logging
+import secrets
+import tempfile
+import threading
+import weakref
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from entrypoints.checkpoint.gguf import GgufCheckpoint, open_gguf
+from entrypoints.engines.base import Token
+from entrypoints.engines.json_grammar import json_grammar
+from entrypoints.engines.llamacpp_calls import Calls
+from entrypoints.engines.machine import available_cpus, available_memory
+from entrypoints.errors import UserError
+from entrypoints.prompt import PromptFormat
+from entrypoints.sampling import Sampling
+
+logger = logging.getLogger(__name__)
+PAGE = 256  # llama.cpp rounds a slot's window up to this
+READ_BYTES = 16 << 20
+BATCH = 128  # prompt tokens read in one step; between two steps the other answers go on, and a call can be cancelled
+RANDOM_SEED = (1 << 32) - 1  # what llama.cpp takes for "another one each time"
+ERRORS_ONLY, INFORMATION = 1, 3  # its log levels; at neither does it print what is asked
+
+
+class LlamaCppEngine:
+    """A GGUF model in this process; calls beyond `slots` wait inside llama.cpp."""
+
+    name = "llamacpp"
+    broken = None  # a crash of llama.cpp ends the process
+    features = frozenset(
+        {"seed", "top_logprobs", "repetition_penalty", "frequency_penalty", "presence_penalty", "json_schema"}
+    )
+
+    def __init__(self, checkpoint: GgufCheckpoint, server: object, slots: int, window: int) -> None:
+        self.tokenizer = checkpoint.tokenizer
+        self.prompt_format = checkpoint.prompt_format
+        self.adapters: dict[str, PromptFormat] = {}
+        self.slots = slots
+        self.window = window
+        self._calls = Calls(server, checkpoint.tokenizer)
+        # also at the interpreter's exit: a thread that is still inside llama.cpp then would crash it
+        self._close = weakref.finalize(self, self._calls.close)
+
+    @classmethod
+    def load(
+        cls, file: Path, slots: int = 4, window: int | None = None, threads: int | None = None
+    ) -> "LlamaCppEngine":
+        """Check and load a file made by `glm quantize`.
+
+        window: tokens of each slot, the file's own if not given. threads: as many as this process may use if not given.
+        Raises UserError when the file is not usable, the window is larger than the model's, or memory is short.
+        """
+        checkpoint = open_gguf(file)
+        window = checkpoint.window if window is None else window
+        if not 1 < window <= checkpoint.window or slots < 1:
+            raise UserError(
+                f"window {window} with {slots} slots cannot be had of {file}",
+                f"the window is at most {checkpoint.window}, slots at least 1",
+            )
+        tokens = slots * -(-window // PAGE) * PAGE
+        needed = file.stat().st_size + checkpoint.cache_bytes(tokens)
+        if (available := available_memory()) < needed:
+            raise UserError(
+                f"{file} with {slots} slots of {window} tokens needs {needed / 1e9:.1f} GB of memory, "
+                f"{available / 1e9:.1f} GB are available",
+                "free memory, or use fewer slots or a smaller type",
+            )
+        threads = threads or available_cpus()
+        logger.info("loading %s (%s), %d slots of %d tokens, %d threads", file, checkpoint.type, slots, window, threads)
+        _read_ahead(file)
+        engine = cls(checkpoint, _start(file, tokens, slots, threads), slots, window)
+        # the first token warms the model up; and a server that is closed before its loop has begun would never end
+        list(engine.generate([checkpoint.tokenizer.pad_id], Sampling(max_new_tokens=1)))
+        return engine
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        adapter: str | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> Generator[Token, None, None]:
+        """Yield the answer's tokens, without the stop id; closing or cancelling frees the slot within a token."""
+        if adapter is not None:
+            raise UserError(f"a GGUF model has no adapter {adapter!r}", "merge the adapter before glm quantize")
+        if len(prompt) >= self.window:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, the window {self.window}", "shorten the conversation"
+            )
+        most = min(sampling.max_new_tokens, self.window - len(prompt))
+        tokens = self._calls.stream(_request(prompt, sampling, most), cancelled)
+        try:
+            for count, token in enumerate(tokens, start=1):
+                if token in self.tokenizer.stop_ids:
+                    return
+                yield _as_asked(token, sampling.top_logprobs)
+                if count >= most:  # llama.cpp goes on to the end of a character
+                    return
+        finally:
+            tokens.close()
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        """Answers to several prompts, `slots` at a time, without their stop ids."""
+        with ThreadPoolExecutor(self.slots) as pool:
+            return list(pool.map(lambda prompt: list(map(int, self.generate(prompt, sampling))), prompts))
+
+    def close(self) -> None:
+        """End running calls with an error, and give the memory back."""
+        self._close()
+
+
+def _as_asked(token: Token, most: int | None) -> Token:
+    return Token(token) if most is None else Token(token, token.logprob, token.top[:most])
+
+
+def _request(prompt: Sequence[int], sampling: Sampling, most: int) -> dict:
+    seed = {} if sampling.seed is None else {"seed": sampling.seed % RANDOM_SEED}
+    grammar = {} if sampling.json_schema is None else {"grammar": json_grammar(sampling.json_schema)}
+    return {
+        "prompt": list(prompt),
+        "stream": True,
+        "return_progress": True,  # a word after each step of reading the prompt, at which the call can be cancelled
+        "n_predict": most,
+        "n_probs": max(1, sampling.top_logprobs or 0),  # without them this route does not tell ids
+        # in the order of transformers; all others that llama.cpp has on by default stay out
+        "samplers": ["penalties", "temperature", "top_k", "top_p"],
+        "temperature": 0.0 if sampling.greedy else sampling.temperature,
+        "top_k": sampling.top_k or 0,
+        "top_p": sampling.top_p,
+        "repeat_penalty": sampling.repetition_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "repeat_last_n": len(prompt) + most,
+        **seed,
+        **grammar,
+    }
+
+
+def _read_ahead(file: Path) -> None:
+    """Bring the file into memory: llama.cpp keeps all of Python waiting while it loads, and /healthz must answer."""
+    block = bytearray(READ_BYTES)
+    with file.open("rb", buffering=0) as stream:
+        while stream.readinto(block):
+            pass
+
+
+def _start(file: Path, tokens: int, slots: int, threads: int) -> object:
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise UserError("this needs the package xllamacpp", "pip install 'glm-entrypoints[quantized]'") from error
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx = tokens
+    params.n_parallel = slots
+    params.n_batch = params.n_ubatch = max(BATCH, slots)
+    params.ctx_shift = False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.cache_ram_mib = 0  # a slot keeps its last prompt; the 8 GiB beside it would not be seen coming
+    params.fit_params = False  # what was asked for, or an error
+    params.offline = True
+    params.warmup = False
+    params.verbosity = INFORMATION if logger.isEnabledFor(logging.DEBUG) else ERRORS_ONLY
+    params.ui = params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = False
+    params.n_threads_http = 1
+    params.api_keys = [secrets.token_urlsafe(32)]  # should a later version not know socket files
+    with tempfile.TemporaryDirectory(prefix="glm-") as folder:  # of mode 0700; gone with the socket when all is loaded
+        params.hostnames = [f"{folder}/llama.sock"]
+        try:
+            return xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise UserError(f"llama.cpp cannot load {file} ({error})", "its own words are on stderr") from error

@@ -1,0 +1,205 @@
+"""What a run needs of each GPU and of the host, before anything is loaded: by method, ZeRO, batch and length.
+
+States (weights, gradients, optimizer) are arithmetic: bytes a number times numbers, divided as ZeRO divides them.
+Activations count what autograd keeps of each operation of the model; the fused attention keeps no matrix of scores.
+"""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from entrypoints.checkpoint.layout import Shape
+from entrypoints.checkpoint.native import open_native
+from entrypoints.engines.placement import weight_bytes
+from entrypoints.errors import UserError
+from entrypoints.training import methods, zero
+from entrypoints.training.arguments import TrainArguments
+from entrypoints.training.launch import Layout
+from entrypoints.training.preparation import compute_dtype, precision
+
+CONTEXT = 1.0e9  # bytes that CUDA, its libraries and the allocator's gaps take of each GPU
+PROCESS = 3.0e9  # bytes of host memory of a process with torch in it
+ADAM = 8  # bytes of state for each number that learns: two moments in float32
+COPY = 4  # DeepSpeed's own float32 of it
+FOUR_BIT = 0.516  # bytes of a number in nf4 with its doubly quantised scales
+SHARED_MEMORY = 64 << 20  # what a container gets if nobody asks for more; NCCL needs more with several processes
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes: of one GPU, but for `host`, which is of one machine."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    host: float
+
+    @property
+    def states(self) -> float:
+        """What a GPU holds whatever the batch."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """Of one GPU."""
+        return self.states + self.activations + CONTEXT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run to judge: its flags, the model, the processes, and the longest row."""
+
+    arguments: TrainArguments
+    shape: Shape
+    compute: torch.dtype
+    length: int
+    processes: int = 1
+    per_node: int = 1
+
+    def need(self) -> Need:
+        """What it takes."""
+        arguments, config = self.arguments, zero.configuration(self.arguments.deepspeed)
+        total = weight_bytes(self.shape, 1)
+        learning, width = methods.trainable(arguments, self.shape, total), self.compute.itemsize
+        gradients, optimizer = 4 * learning, ADAM * learning
+        weights = self._loaded(total, learning)
+        if config:
+            gradients, optimizer, weights = width * learning, (ADAM + COPY) * learning, width * total
+        elif width < 4:
+            weights += width * learning  # the 16-bit copies that autocast makes of what learns
+        stage = zero.stage(config)
+        shares = [self.processes if stage >= least else 1 for least in (3, 2, 1)]
+        weights, gradients, optimizer = weights / shares[0], gradients / shares[1], optimizer / shares[2]
+        host = self.per_node * (PROCESS + self._loaded(total, learning))
+        if zero.offloads(config, "optimizer"):
+            host += self.per_node * (optimizer + 4 * learning / shares[1])
+            gradients = optimizer = 0
+        if zero.offloads(config, "param"):
+            host += self.per_node * weights
+            weights = 2 * width * (total - 2 * self.shape.vocabulary * self.shape.hidden) / self.shape.layers
+        return Need(weights, gradients, optimizer, self._activations(), host)
+
+    def _loaded(self, total: int, learning: int) -> float:
+        width, bits = self.compute.itemsize, self.arguments.base_bits
+        ends = 2 * self.shape.vocabulary * self.shape.hidden  # embedding and output layer are never quantised
+        if bits:
+            return width * ends + (FOUR_BIT if bits == 4 else 1) * (total - ends) + 4 * learning
+        if self.arguments.method == "full" or self.arguments.deepspeed:
+            return (4 if not self.arguments.deepspeed else width) * total
+        return width * total + (4 if self.arguments.makes_adapter else 4 - width) * learning
+
+    def _activations(self) -> float:
+        tokens = self.arguments.per_device_train_batch_size * self.length
+        width, shape = self.compute.itemsize, self.shape
+        layers = self.arguments.freeze_layers if self.arguments.method == "freeze" else shape.layers
+        layer = layer_bytes(shape, width, self.arguments)
+        kept = layers * width * shape.hidden + layer if self.arguments.gradient_checkpointing else layers * layer
+        logits = shape.vocabulary * (width + 12)  # and in float32: a copy, its softmax and the gradient
+        return tokens * (kept + logits + 8 * shape.hidden)
+
+
+def plan(arguments: TrainArguments, layout: Layout) -> Plan:
+    """The run that flags and processes make, on the base model that is named, with rows as long as they may be."""
+    shape = open_native(arguments.model_name_or_path).shape
+    longest = arguments.max_source_length + arguments.max_target_length + 1 + arguments.prefix_length
+    compute = compute_dtype(precision(arguments))
+    return Plan(arguments, shape, compute, min(longest, shape.window), layout.processes, layout.per_node)
+
+
+def layer_bytes(shape: Shape, width: int, arguments: TrainArguments) -> float:
+    """Bytes that autograd keeps of one layer for each token; `width` is that of the numbers it computes with."""
+    hidden, heads, ffn = shape.hidden, shape.heads * shape.head_dim, shape.ffn
+    learns = not arguments.makes_adapter
+    norms = 2 * (4 * hidden + (2 * width * hidden if learns else 0))
+    attention = 4 * width * heads  # queries, keys and values of every head, and what comes out
+    mlp = width * ffn * (4 if learns else 3)
+    if arguments.method in ("lora", "qlora"):
+        copies = 3 if arguments.lora_target == "attention" else 5
+        dropped = (4 + 1) * hidden if arguments.lora_dropout else 4 * hidden
+        wide = (5 + 2 * width) * ffn if copies == 5 else 0  # before the down projection, and beside the two LoRAs
+        return norms + attention + mlp + copies * dropped + wide
+    return norms + attention + mlp
+
+
+def candidates(plan: Plan) -> list[tuple[str, Plan]]:
+    """The run as it is told, then what a user could change, least change first; each with the flags that say so."""
+    arguments = plan.arguments
+    found = [("as told", plan)]
+
+    def add(words: str, **changes) -> None:
+        found.append((words, replace(plan, arguments=replace(arguments, **changes))))
+
+    if arguments.method != "ptuning" and not arguments.gradient_checkpointing:
+        add("--gradient-checkpointing", gradient_checkpointing=True)
+    checkpointing = {"gradient_checkpointing": arguments.method != "ptuning"}
+    if arguments.per_device_train_batch_size > 1:
+        add("--per-device-train-batch-size 1 --gradient-checkpointing", per_device_train_batch_size=1, **checkpointing)
+    if not arguments.base_bits:
+        for preset in ("zero2", "zero3", "zero2-offload", "zero3-offload"):
+            if preset != arguments.deepspeed and (plan.processes > 1 or "offload" in preset):
+                add(f"--deepspeed {preset} --gradient-checkpointing", deepspeed=preset, **checkpointing)
+    if not arguments.makes_adapter:
+        add("--method lora", method="lora", deepspeed=None)
+        add("--method qlora --gradient-checkpointing", method="qlora", deepspeed=None, gradient_checkpointing=True)
+    return found
+
+
+def table(plan: Plan, gpu: float | None, host: float) -> str:
+    """The candidates in GB, and whether each fits a GPU with `gpu` free bytes (None: the CPU does it all) and the host.
+
+    The first row is the run as told.
+    """
+    head = ("", "weights", "gradients", "optimizer", "activations", "GPU", "host", "fits")
+    lines = [head]
+    for words, candidate in candidates(plan):
+        need = candidate.need()
+        parts = (need.weights, need.gradients, need.optimizer, need.activations, need.total, need.host)
+        lines.append((words, *(f"{part / 1e9:.1f}" for part in parts), "yes" if fits(need, gpu, host) else "no"))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    rows = ("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
+    beside = f"{gpu / 1e9:.1f} GB free on each GPU" if gpu is not None else "no GPU: all of it is host memory"
+    return "\n".join([f"GB for each of {plan.processes} processes; {beside}, {host / 1e9:.1f} GB on the host", *rows])
+
+
+def fits(need: Need, gpu: float | None, host: float, states_alone: bool = False) -> bool:
+    """Is there room? With `states_alone` only what needs no estimate counts."""
+    on_gpu = need.states if states_alone else need.total
+    if gpu is None:
+        return on_gpu + PROCESS <= host
+    return on_gpu <= gpu and (states_alone or need.host <= host)
+
+
+def refuse_hopeless(plan: Plan, gpu: float | None, host: float) -> None:
+    """Raise UserError when not even the states fit, naming the smallest change that fits."""
+    need = plan.need()
+    if fits(need, gpu, host, states_alone=True):
+        return
+    helps = next((words for words, candidate in candidates(plan)[1:] if fits(candidate.need(), gpu, host)), None)
+    room = host if gpu is None else gpu
+    raise UserError(
+        f"weights, gradients and optimizer need {need.states / 1e9:.1f} GB, {room / 1e9:.1f} GB are free",
+        f"{helps} would fit; --dry-run shows the table" if helps else "use more or larger GPUs; --dry-run shows why",
+    )
+
+
+def refuse_small_shared_memory(per_node: int, folder: Path = Path("/dev/shm")) -> None:
+    """Raise UserError for a container's default of 64 MB with several processes: NCCL ends there with a bus error."""
+    if per_node > 1 and folder.is_dir() and (size := shutil.disk_usage(folder).total) <= SHARED_MEMORY:
+        raise UserError(
+            f"{folder} has {size >> 20} MB, and {per_node} processes pass their numbers through it",
+            "start the container with --shm-size 8g, or mount an emptyDir of medium Memory there",
+        )
+
+
+def usable_gpus(arguments: TrainArguments) -> int:
+    """GPUs of this machine that the run may take."""
+    return torch.cuda.device_count() if arguments.device in ("auto", "cuda") else 0
+
+
+def free_of_each_gpu(count: int) -> float | None:
+    """Free bytes of the fullest of the first GPUs; None without one."""
+    numbers = range(min(count, torch.cuda.device_count()))
+    return min((torch.cuda.mem_get_info(number)[0] for number in numbers), default=None)

@@ -1,0 +1,158 @@
+"""What `glm convert` costs on a checkpoint of ChatGLM3-6B's full shape: peak memory, seconds, ratio to a plain copy.
+
+A random fp16 checkpoint in the original layout (28 layers, 7 pytorch_model-*.bin, 12.5 GB) is written to a temporary
+folder. Its files are copied one by one with shutil.copyfile (no fsync) and timed; the copy is deleted. Then
+`glm convert` runs in a process of its own, timed from start to exit, the reading of its result for the manifest's
+hashes included; its peak is the kernel's own figure (ru_maxrss: resident memory, mapped pages of files too).
+Before both the source is dropped from the page cache, so both read the disk. Everything is deleted at the end, also
+after an error. Ends with 1 when the peak is above 3 GiB.
+
+    python tests/bench/convert_bench.py                needs 25 GB of disk, minutes
+    python tests/bench/convert_bench.py --layers 2     needs 4 GB
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", REPOSITORY.parent / "shared" / "golden"))
+FILES = 7  # of the original checkpoint
+LIMIT = 3 << 30  # bytes of resident memory
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write, copy, convert, report; 1 when the conversion fails or takes more than LIMIT."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=28, help="layers of the model (default: 28, as the 6B)")
+    parser.add_argument("--work-dir", type=Path, help="folder on the disk to measure (default: the temporary one)")
+    parser.add_argument("--vocabulary", type=Path, help="tokenizer.model (default: the golden one, else the toy's)")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the folder is removed
+    with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="convert-bench-") as folder:
+        return _bench(Path(folder), args.layers, args.vocabulary)
+
+
+def _bench(folder: Path, layers: int, vocabulary: Path | None) -> int:
+    source = folder / "original"
+    # spawned, so that this process stays small: a child's peak counts its parent's size at the start
+    writer = multiprocessing.get_context("spawn").Process(target=_write_checkpoint, args=(source, layers, vocabulary))
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        return 1
+    size = sum(file.stat().st_size for file in source.iterdir())
+    weights = len(list(source.glob("*.bin")))
+    print(f"{layers} layers, {size / 1e9:.2f} GB in {weights} files, on {folder}; cold: the source left the page cache")
+    _forget(source)
+    copying = _copy(source, folder / "copy")
+    shutil.rmtree(folder / "copy")
+    _forget(source)
+    code, converting, peak = _convert(source, folder / "native")
+    print(f"{'':10} {'seconds':>8} {'GB/s':>6} {'ratio':>6} {'peak GiB':>9}")
+    print(f"{'copy':10} {copying:8.1f} {size / 1e9 / copying:6.2f} {1:6.2f}")
+    print(
+        f"{'convert':10} {converting:8.1f} {size / 1e9 / converting:6.2f} {converting / copying:6.2f} "
+        f"{peak / (1 << 30):9.2f} (limit {LIMIT / (1 << 30):.0f})"
+    )
+    return 1 if code or peak > LIMIT else 0
+
+
+def _copy(source: Path, target: Path) -> float:
+    target.mkdir()
+    start = time.perf_counter()
+    for file in sorted(source.iterdir()):
+        shutil.copyfile(file, target / file.name)
+    return time.perf_counter() - start
+
+
+def _convert(source: Path, target: Path) -> tuple[int, float, int]:
+    """Exit code, seconds and peak bytes of `glm convert`."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "entrypoints", "convert", source, target], cwd=REPOSITORY)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.kill()
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def _forget(folder: Path) -> None:
+    """Drop the files of a folder from the page cache, written out first."""
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _write_checkpoint(folder: Path, layers: int, vocabulary: Path | None) -> None:
+    """Random weights of ChatGLM3-6B's shape under the original names, tensor after tensor in FILES files."""
+    sys.path.insert(0, str(REPOSITORY))
+    import torch
+
+    from entrypoints.checkpoint.files import require_space
+    from entrypoints.checkpoint.layout import Shape, tensors
+    from entrypoints.errors import UserError
+
+    shape = Shape(layers, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
+    entries = tensors(shape)
+    total = 2 * sum(torch.Size(entry.shape).numel() for entry in entries)
+    try:
+        require_space(folder, int(2.05 * total))  # the source, and beside it the copy or the result
+    except UserError as error:
+        sys.exit(f"convert_bench: {error}")
+    folder.mkdir()
+    block = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
+    weight_map, part, written = {}, {}, 0
+    for number, entry in enumerate(entries):
+        part[entry.original] = _filled(entry.shape, block)
+        written += part[entry.original].nbytes
+        file = len(set(weight_map.values())) + 1
+        if written >= total * file / FILES or number == len(entries) - 1:
+            name = f"pytorch_model-{file:05}-of-{FILES:05}.bin"
+            torch.save(part, folder / name)
+            weight_map |= dict.fromkeys(part, name)
+            part = {}
+    index = {"metadata": {"total_size": written}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(shape.original_config("float16")))
+    _write_vocabulary(folder, vocabulary or GOLDEN / "original-tiny" / "tokenizer.model")
+
+
+def _filled(shape: tuple[int, ...], block: "torch.Tensor") -> "torch.Tensor":
+    """A tensor of the block's numbers, over and over: random enough, and made at the speed of a copy."""
+    flat = block.new_empty(math.prod(shape))
+    for start in range(0, flat.numel(), block.numel()):
+        flat[start : start + block.numel()] = block[: flat.numel() - start]
+    return flat.view(shape)
+
+
+def _write_vocabulary(folder: Path, vocabulary: Path) -> None:
+    from entrypoints.demo.model import write_toy
+
+    if vocabulary.is_file():
+        shutil.copyfile(vocabulary, folder / "tokenizer.model")
+        return
+    sample = REPOSITORY / "entrypoints" / "demo" / "ad_copy.jsonl"
+    with tempfile.TemporaryDirectory() as toy:
+        write_toy(Path(toy), sample.read_text(encoding="utf-8").splitlines())
+        shutil.copyfile(Path(toy, "tokenizer.model"), folder / "tokenizer.model")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

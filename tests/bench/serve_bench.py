@@ -1,0 +1,235 @@
+"""What the API costs on top of its engine: tokens per second, server CPU per token, time to the first token.
+
+A random checkpoint of the 6B's architecture (by default 24 layers of width 1024, 0.25 billion weights) is written to a
+temporary folder. The raw engine runs in a process of its own and is called there, without HTTP; `glm serve` runs in
+another and is asked by this one over loopback, all on the same cores; with --one-core the model's processes share one
+and this has the others, which is steadier on a busy machine. Rounds alternate; medians are printed.
+
+    llamacpp       raw is xllamacpp's own server object, called with token ids; same file, threads, slots
+    transformers   raw is this product's engine object, which adds a queue to transformers; and 8 answers at once
+                   against 8 in a row, both through the API
+
+    python tests/bench/serve_bench.py                          both engines, minutes
+    python tests/bench/serve_bench.py --engine llamacpp --rounds 5
+"""
+
+import argparse
+import dataclasses
+import http.client
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+from serving_process import GLM, Server, serving, take_one_core
+
+STREAMS = (1, 4)
+SLOTS = 8
+QUESTION = "类型#裙*版型#显瘦*风格#复古*图案#复古"
+
+
+@dataclasses.dataclass
+class Run:
+    """One round: tokens of all streams, wall seconds, CPU seconds of the serving process, first token's seconds."""
+
+    tokens: int
+    seconds: float
+    cpu: float
+    first: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make the model, measure, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("llamacpp", "transformers", "both"), default="both")
+    parser.add_argument("--rounds", type=int, default=3, help="of each kind, alternating")
+    parser.add_argument("--tokens", type=int, default=96, help="of each answer")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=1024, help="a multiple of 256")
+    parser.add_argument("--one-core", action="store_true", help="run each model on one core, the same")
+    args = parser.parse_args(argv)
+    engines = ("llamacpp", "transformers") if args.engine == "both" else (args.engine,)
+    with tempfile.TemporaryDirectory(prefix="serve-bench-") as folder:
+        native, gguf = _models(Path(folder), args.layers, args.width)
+        megabytes = gguf.stat().st_size / 1e6
+        print(f"{args.layers} layers of width {args.width}, {megabytes:.0f} MB as q8_0; {args.tokens} tokens an answer")
+        print(f"{1 if args.one_core else os.cpu_count()} cores for a model; medians of {args.rounds}")
+        for engine in engines:
+            _measure(engine, gguf if engine == "llamacpp" else native, Path(folder), args)
+    return 0
+
+
+def _models(folder: Path, layers: int, width: int) -> tuple[Path, Path]:
+    from entrypoints.checkpoint.conversion import convert_to_native
+    from entrypoints.checkpoint.gguf_writing import write_gguf
+    from entrypoints.demo import model
+    from entrypoints.prompt import PromptFormat
+
+    model.SHAPE = dataclasses.replace(
+        model.SHAPE, layers=layers, hidden=width, heads=width // 128, groups=2, head_dim=128, ffn=width * 5 // 2
+    )
+    words = Path(model.__file__).with_name("ad_copy.jsonl").read_text(encoding="utf-8").splitlines()
+    model.write_toy(folder / "original", words)
+    convert_to_native(folder / "original", folder / "native", PromptFormat())
+    write_gguf(folder / "native", folder / "model.gguf", "q8_0")
+    return folder / "native", folder / "model.gguf"
+
+
+def _measure(engine: str, model: Path, folder: Path, args: argparse.Namespace) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    spawn = multiprocessing.get_context("spawn")
+    raw = spawn.Process(target=_raw, args=(engine, model, theirs, args.one_core), daemon=True)
+    raw.start()
+    flags = ["--model", model, "--engine", engine, "--slots", SLOTS, "--served-model-name", "bench"]
+    try:
+        with serving([*GLM, "serve", *map(str, flags)], folder / f"{engine}.log", None, args.one_core) as server:
+            server.wait_ready(300)
+            ours.recv()
+            found: dict[tuple[str, int], list[Run]] = {}
+            for number in range(args.rounds + 1):
+                for streams in STREAMS:
+                    for kind, ask in (("raw", _ask_raw(ours)), ("api", _ask_api(server))):
+                        run = ask(streams, args.tokens)
+                        if number:  # the first round warms up
+                            found.setdefault((kind, streams), []).append(run)
+            _print(engine, found)
+            if engine == "transformers":
+                _print_gain(_ask_api(server), args.rounds, args.tokens)
+    finally:
+        raw.kill()
+
+
+def _print(engine: str, found: dict[tuple[str, int], list[Run]]) -> None:
+    print(f"\n{engine:12} {'streams':>8} {'tokens/s':>10} {'ratio':>7} {'CPU ms/token':>13} {'first token ms':>15}")
+    for streams in STREAMS:
+        raw_rate = statistics.median(run.rate for run in found["raw", streams])
+        for kind in ("raw", "api"):
+            runs = found[kind, streams]
+            rate = statistics.median(run.rate for run in runs)
+            cpu = statistics.median(run.cpu / run.tokens * 1000 for run in runs)
+            first = statistics.median(run.first * 1000 for run in runs)
+            print(f"{kind:12} {streams:8} {rate:10.1f} {rate / raw_rate:7.3f} {cpu:13.2f} {first:15.1f}", flush=True)
+
+
+def _print_gain(ask: Callable[[int, int], Run], rounds: int, tokens: int) -> None:
+    at_once = statistics.median(ask(8, tokens).seconds for _ in range(rounds))
+    in_a_row = statistics.median(sum(ask(1, tokens).seconds for _ in range(8)) for _ in range(rounds))
+    print(f"8 answers at once {at_once:.1f} s, in a row {in_a_row:.1f} s: {in_a_row / at_once:.2f} times", flush=True)
+
+
+def _together(streams: int, one: Callable[[], tuple[int, float]], cpu: Callable[[], float]) -> Run:
+    """Run so many of `one` at once; it gives its tokens and when its first came."""
+    results: list[tuple[int, float]] = []
+    threads = [threading.Thread(target=lambda: results.append(one())) for _ in range(streams)]
+    start, used = time.monotonic(), cpu()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.monotonic() - start
+    assert len(results) == streams, "an answer failed"
+    return Run(sum(n for n, _ in results), seconds, cpu() - used, statistics.median(at for _, at in results) - start)
+
+
+def _ask_api(server: Server) -> Callable[[int, int], Run]:
+    process = psutil.Process(server.process.pid)
+
+    def cpu() -> float:
+        times = process.cpu_times()
+        return times.user + times.system
+
+    def ask(streams: int, tokens: int) -> Run:
+        # a stop id would end a random model's answer at some token or other: what counts is tokens, not text
+        body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": tokens, "temperature": 0}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return _together(streams, lambda: _stream(server.port, json.dumps(body).encode()), cpu)
+
+    return ask
+
+
+def _stream(port: int, body: bytes) -> tuple[int, float]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+    response, first, last = connection.getresponse(), None, b""
+    while line := response.readline():
+        if line.startswith(b"data: {"):
+            last = line
+            if first is None and b'"content": ""' not in line:
+                first = time.monotonic()
+    connection.close()
+    return json.loads(last.removeprefix(b"data: "))["usage"]["completion_tokens"], first
+
+
+def _ask_raw(pipe: Connection) -> Callable[[int, int], Run]:
+    def ask(streams: int, tokens: int) -> Run:
+        pipe.send((streams, tokens))
+        return pipe.recv()
+
+    return ask
+
+
+def _raw(engine: str, model: Path, pipe: Connection, one_core: bool) -> None:
+    """In a process of its own: load the raw engine, say so, and run what is asked."""
+    if one_core:
+        take_one_core()
+    start = _raw_llamacpp(model) if engine == "llamacpp" else _raw_transformers(model)
+    pipe.send("loaded")
+    while True:
+        streams, tokens = pipe.recv()
+        pipe.send(_together(streams, lambda most=tokens: start(most), time.process_time))
+
+
+def _raw_llamacpp(model: Path) -> Callable[[int], tuple[int, float]]:
+    import entrypoints.engines.llamacpp_engine as ours
+    from entrypoints.checkpoint.gguf import open_gguf
+    from entrypoints.engines.machine import available_cpus
+
+    checkpoint = open_gguf(model)
+    server = ours._start(model, SLOTS * checkpoint.window, SLOTS, available_cpus())  # xllamacpp.Server, as served
+    prompt = checkpoint.prompt_format.encode([{"role": "user", "content": QUESTION}], checkpoint.tokenizer)
+
+    def one(most: int) -> tuple[int, float]:
+        seen: list[float] = []
+
+        def take(chunk: dict) -> bool:
+            if chunk["choices"] and chunk["choices"][0]["text"]:
+                seen.append(time.monotonic())
+            return False
+
+        request = {"prompt": prompt, "stream": True, "n_predict": most, "temperature": 0.0, "n_probs": 1}
+        server.handle_completions(request, take)
+        return most, seen[0]
+
+    return one
+
+
+def _raw_transformers(model: Path) -> Callable[[int], tuple[int, float]]:
+    from entrypoints.engines.transformers_engine import TransformersEngine
+    from entrypoints.sampling import Sampling
+
+    engine = TransformersEngine.load_for_serving(model, {}, "cpu", "auto", SLOTS)
+    prompt = engine.prompt_format.encode([{"role": "user", "content": QUESTION}], engine.tokenizer)
+
+    def one(most: int) -> tuple[int, float]:
+        seen = [time.monotonic() for _ in engine.generate(prompt, Sampling(max_new_tokens=most, temperature=0))]
+        return len(seen), seen[0]
+
+    return one
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The real API around a scripted engine, as a process that a test may kill; every prompt goes into a file.
+
+python recording_server.py MODEL PORT RECORD KEYS: the tokenizer's folder, a JSON line for each answer, a key file.
+Beside the engine's scripts: a tool's result is quoted, and for the pictures a few questions have their answers.
+"""
+
+import json
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import uvicorn
+from scripted_engine import ScriptedEngine
+
+from entrypoints.answer import decode
+from entrypoints.api.app import create_app
+from entrypoints.api.auth import KeyRing
+from entrypoints.api.server import Options, Serving
+from entrypoints.checkpoint.tokenizer import load_tokenizer
+from entrypoints.prompt import ROLES, PromptFormat
+
+CANNED = {
+    "你好": "你好！我是一个部署在本机的对话模型，可以帮你写文案、写代码，也能聊聊天。",
+    "用 Python 写一个求平方和的函数，并给出公式": (
+        "**函数**如下，输入 `n`，返回前 n 个正整数的平方和：\n\n```python\ndef squares(n: int) -> int:\n"
+        "    return sum(k * k for k in range(1, n + 1))\n```\n\n它等于\n\n"
+        "\\[\\sum_{k=1}^{n} k^2 = \\frac{n(n+1)(2n+1)}{6}\\]"
+        "\n\n- 例如 $n=3$ 时，结果是 14\n- 对很大的 n，直接用公式更快"
+    ),
+}
+
+
+class RecordingEngine(ScriptedEngine):
+    """Writes what it was asked, and how far the answer came."""
+
+    def __init__(self, record: Path, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)
+        self.record = record
+
+    def generate(self, prompt, sampling, adapter=None, cancelled=None) -> Generator:
+        said, turns = 0, self.turns(prompt)
+        role, text = turns[-1]
+        answer = f"工具说：{text}" if role == "observation" else CANNED.get(text)
+        acted = self.tokenizer.encode(f"say {answer}") if answer else prompt
+        try:
+            for token in super().generate(acted, sampling, adapter, cancelled):
+                said += 1
+                yield token
+        finally:
+            line = {"turns": turns, "said": said, "temperature": sampling.temperature, "adapter": adapter}
+            with self.record.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({**line, "top_p": sampling.top_p}, ensure_ascii=False) + "\n")
+
+    def turns(self, prompt: list[int]) -> list[list[str]]:
+        """[role, text] of each turn, read from the ids."""
+        tags = {self.tokenizer.control(f"<|{role}|>"): role for role in ROLES}
+        turns = []
+        for id_ in prompt:
+            if id_ in tags:
+                turns.append([tags[id_], []])
+            elif turns:
+                turns[-1][1].append(id_)
+        *whole, _ = turns  # the last is the assistant's, still to come
+        return [[role, decode(ids, self.tokenizer).removeprefix("\n").removeprefix(" ")] for role, ids in whole]
+
+
+def main(model: str, port: str, record: str, keys: str) -> None:
+    serving = Serving(Options(model="toy", slots=4), KeyRing(Path(keys)), "scripted")
+    serving.engine = RecordingEngine(
+        Path(record), load_tokenizer(Path(model)), slots=4, adapters={"poet": PromptFormat()}
+    )
+    uvicorn.run(create_app(serving), port=int(port), log_level="warning", timeout_graceful_shutdown=1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

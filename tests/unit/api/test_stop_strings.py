@@ -1,0 +1,66 @@
+import random
+
+import pytest
+
+from entrypoints.api.generation import StopStrings
+
+
+def cut(parts, stops):
+    """The text shown of these parts, and whether a stop string was found."""
+    stream, shown = StopStrings(stops), ""
+    for part in parts:
+        shown += stream.feed(part)
+        if stream.found:
+            return shown, True
+    return shown + stream.finish(), False
+
+
+def expected(text, stops):
+    """Read letter by letter: the text up to the first stop string that is complete, the longest if several are."""
+    for end in range(len(text) + 1):
+        done = [stop for stop in stops if text[:end].endswith(stop)]
+        if done:
+            return text[: end - max(map(len, done))], True
+    return text, False
+
+
+@pytest.mark.parametrize(
+    ("parts", "stops", "shown"),
+    [
+        (["ab", "cd"], ["bc"], "a"),
+        (["你好", "。再", "见"], ["。再见"], "你好"),
+        (["aab"], ["ab"], "a"),
+        (["a", "a", "b"], ["ab"], "a"),
+        (["ababac"], ["abac"], "ab"),
+        (["ab", "ab", "ac"], ["abac"], "ab"),
+        (["ab"], ["abc"], "ab"),
+        (["x", "\n\n", "y"], ["\n\n"], "x"),
+        (["abc"], ["abc", "b"], "a"),
+        (["ab", "c"], ["abc", "b"], "a"),
+        (["abc"], ["c", "abc"], ""),
+        (["", "", "a"], ["a"], ""),
+        (["abc"], [], "abc"),
+    ],
+)
+def test_the_text_ends_before_the_stop_string(parts, stops, shown):
+    assert cut(parts, stops)[0] == shown
+
+
+def test_nothing_that_may_become_a_stop_string_is_shown_early():
+    stream = StopStrings(["STOP"])
+    assert [stream.feed(letter) for letter in "aSTxSTO"] == ["a", "", "", "STx", "", "", ""]
+    assert stream.finish() == "STO"
+
+
+def test_text_in_any_pieces_is_cut_like_the_whole():
+    """20,000 random texts over few letters, so that stop strings overlap themselves and each other."""
+    chance = random.Random(3)
+    found = 0
+    for _ in range(20_000):
+        text = "".join(chance.choices("ab你", k=chance.randrange(12)))
+        stops = ["".join(chance.choices("ab你", k=chance.randrange(1, 5))) for _ in range(chance.randrange(4))]
+        places = sorted(chance.choices(range(len(text) + 1), k=chance.randrange(6)))
+        parts = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+        assert cut(parts, stops) == expected(text, stops), (parts, stops)
+        found += expected(text, stops)[1]
+    assert 5_000 < found < 19_000

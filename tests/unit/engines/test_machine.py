@@ -1,0 +1,64 @@
+"""What a process may use inside a container: both kinds of control groups."""
+
+import os
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from entrypoints.engines import machine
+
+
+@pytest.fixture
+def group(tmp_path, monkeypatch):
+    """Write a file of the control group; the machine around it has 8 processors and 100 bytes of free memory."""
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
+
+    def write(name, content):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+
+    return write
+
+
+def test_without_a_control_group_all_is_free(group):
+    assert (machine.available_cpus(), machine.available_memory()) == (8, 100)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("max 100000", 8), ("300000 100000", 3), ("250000 100000", 2), ("50000 100000", 1), ("6400000 100000", 8)],
+)
+def test_a_quota_of_processors_counts_whole_ones(content, expected, group):
+    group("cpu.max", content)
+    assert machine.available_cpus() == expected
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("-1", 8), ("200000", 2), ("150000", 1)])
+def test_the_older_kind_of_quota_counts_too(quota, expected, group):
+    group("cpu/cpu.cfs_quota_us", quota)
+    group("cpu/cpu.cfs_period_us", "100000")
+    assert machine.available_cpus() == expected
+
+
+def test_affinity_counts_before_the_quota(group, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5})
+    group("cpu.max", "400000 100000")
+    assert machine.available_cpus() == 2
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", 100), ("90", 50), ("30", 0), ("9000", 100)])
+def test_a_limit_of_memory_counts_without_cached_files(limit, expected, group):
+    group("memory.max", limit)
+    group("memory.current", "60")
+    group("memory.stat", "anon 40\ninactive_file 15\nactive_file 5")
+    assert machine.available_memory() == expected
+
+
+def test_the_older_kind_of_limit_counts_too(group):
+    group("memory/memory.limit_in_bytes", "90")
+    group("memory/memory.usage_in_bytes", "60")
+    group("memory/memory.stat", "total_inactive_file 20\ninactive_file 7")
+    assert machine.available_memory() == 50

@@ -1,0 +1,112 @@
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from entrypoints.checkpoint.native import open_native
+from entrypoints.checkpoint.original import open_tensors
+from entrypoints.prompt import PromptFormat
+
+
+@pytest.fixture
+def original(toy_original, tmp_path):
+    return shutil.copytree(toy_original, tmp_path / "original")
+
+
+def test_the_new_folder_is_all_that_stdout_holds_and_it_opens(toy_original, tmp_path, glm):
+    done = glm("convert", toy_original, tmp_path / "native")
+    assert (done.code, done.out) == (0, f"{tmp_path / 'native'}\n")
+    assert open_native(tmp_path / "native", verify=True).prompt_format == PromptFormat()
+    assert {path.name for path in tmp_path.iterdir()} == {"native"}
+
+
+def test_there_and_back_again_gives_the_same_tensors(toy_original, toy_native, tmp_path, glm):
+    assert glm("convert", toy_native, tmp_path / "original", "--to", "original").code == 0
+    first, second = open_tensors(toy_original), open_tensors(tmp_path / "original")
+    assert set(first.tensors) == set(second.tensors)
+    files = {tensor.file for tensor in first.tensors.values()}
+    before = {name: tensor for file in files for name, tensor in first.of_file(file).items()}
+    after = load_file(tmp_path / "original" / "model.safetensors")
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_the_template_a_checkpoint_was_tuned_with_is_stored(toy_original, tmp_path, glm):
+    glm("convert", toy_original, tmp_path / "native", "--template", "round")
+    assert json.loads((tmp_path / "native" / "prompt.json").read_text())["template"] == "round"
+
+
+def test_the_precision_can_be_chosen(toy_original, tmp_path, glm):
+    glm("convert", toy_original, tmp_path / "native", "--dtype", "bfloat16")
+    stored = open_native(tmp_path / "native").files.tensors.values()
+    assert {str(tensor.dtype) for tensor in stored} == {"torch.bfloat16"}
+    assert json.loads((tmp_path / "native" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_existing_folder_is_replaced_only_when_told(toy_original, tmp_path, glm):
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native" / "mine.txt").write_text("dear")
+    assert "--overwrite" in glm("convert", toy_original, tmp_path / "native").mistake()
+    assert (tmp_path / "native" / "mine.txt").read_text() == "dear"
+    assert glm("convert", toy_original, tmp_path / "native", "--overwrite").code == 0
+    assert open_native(tmp_path / "native")
+    assert not (tmp_path / "native" / "mine.txt").exists()
+
+
+def test_a_folder_is_never_converted_into_itself(original, glm):
+    before = sorted(path.name for path in original.iterdir())
+    assert "both SRC and DST" in glm("convert", original, original.parent / "x" / ".." / "original").mistake()
+    assert sorted(path.name for path in original.iterdir()) == before
+
+
+def spoil(original, what):
+    """Damage a copy of the toy; returns the folder to name as SRC."""
+    if what == "no folder":
+        return original / "nowhere"
+    if what == "no config":
+        (original / "config.json").unlink()
+    elif what == "converted already":
+        (original / "config.json").write_text('{"model_type": "glm"}')
+    elif what == "no vocabulary":
+        (original / "tokenizer.model").unlink()
+    elif what == "a file missing":
+        (original / "pytorch_model-00002-of-00002.bin").unlink()
+    elif what == "a pointer":
+        (original / "pytorch_model-00001-of-00002.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif what == "another size":
+        config = json.loads((original / "config.json").read_text())
+        (original / "config.json").write_text(json.dumps(config | {"ffn_hidden_size": 999}))
+    return original
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("no folder", "is no folder"),
+        ("no config", "config.json"),
+        ("converted already", "converted checkpoint already"),
+        ("no vocabulary", "tokenizer.model"),
+        ("a file missing", "pytorch_model-00002-of-00002.bin"),
+        ("a pointer", "Git LFS pointer"),
+        ("another size", "mlp.dense_h_to_4h.weight [1024, 256], not [1998, 256]"),
+    ],
+)
+def test_what_stands_in_the_way_is_named_and_nothing_is_left_behind(what, words, original, tmp_path, glm):
+    assert words in glm("convert", spoil(original, what), tmp_path / "native").mistake()
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def test_a_lora_needs_its_base_and_becomes_an_adapter_that_answers(golden, golden_native, tmp_path, glm):
+    source = golden / "original-tiny-lora"
+    assert "--base" in glm("convert", source, tmp_path / "lora").mistake()
+    assert glm("convert", source, tmp_path / "lora", "--base", golden_native).code == 0
+    words = ("--prompt", "你好", "--temperature", 0, "--max-new-tokens", 8, "--dtype", "float32", "--json")
+    plain = json.loads(glm("chat", "--model", golden_native, *words).out)
+    adapted = json.loads(glm("chat", "--model", golden_native, "--adapter", tmp_path / "lora", *words).out)
+    assert plain["response"] != adapted["response"]
+
+
+def test_a_prefix_needs_no_base_and_keeps_its_template(golden, tmp_path, glm):
+    assert glm("convert", golden / "original-tiny-ptuning", tmp_path / "prefix", "--template", "round").code == 0
+    assert json.loads((tmp_path / "prefix" / "adapter_config.json").read_text())["pre_seq_len"] == 8
+    assert json.loads((tmp_path / "prefix" / "prompt.json").read_text())["template"] == "round"

@@ -1,0 +1,42 @@
+import shutil
+
+import pytest
+
+
+@pytest.fixture
+def folder(toy_native, tmp_path):
+    return shutil.copytree(toy_native, tmp_path / "native")
+
+
+def test_a_whole_checkpoint_is_told_with_its_count(folder, glm):
+    files = len(list(folder.iterdir())) - 1  # the manifest does not describe itself
+    assert files >= 8
+    assert glm("verify", folder).out == f"{folder}: {files} files as the manifest says\n"
+
+
+def test_one_changed_byte_in_the_weights_is_found(folder, glm):
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "model.safetensors has other contents" in glm("verify", folder).mistake()
+
+
+def test_every_file_that_is_wrong_is_named_at_once(folder, glm):
+    (folder / "tokenizer.json").unlink()
+    (folder / "config.json").write_text("{}")
+    told = glm("verify", folder).mistake()
+    assert "tokenizer.json is missing" in told
+    assert "config.json has 2 bytes" in told
+
+
+@pytest.mark.parametrize("manifest", [None, "", "[]", '{"provenance": {}}'], ids=["none", "empty", "array", "half"])
+def test_a_folder_without_a_sound_manifest_cannot_be_verified(manifest, folder, glm):
+    (folder / "manifest.json").unlink()
+    if manifest is not None:
+        (folder / "manifest.json").write_text(manifest)
+    assert "manifest.json" in glm("verify", folder).mistake()
+
+
+def test_a_folder_that_is_not_there_is_a_mistake(tmp_path, glm):
+    glm("verify", tmp_path / "nowhere").mistake()

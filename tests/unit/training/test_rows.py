@@ -1,0 +1,129 @@
+"""Rows that are encoded once, by content. Traps F7 and G8 of user-pains.md."""
+
+import json
+import multiprocessing
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from entrypoints.dataset.reading import Columns
+from entrypoints.errors import UserError
+from entrypoints.prompt import IGNORED, PromptFormat, as_messages
+from entrypoints.training import rows
+from entrypoints.training.arguments import TrainArguments
+from entrypoints.training.batches import RowEncoder
+
+
+@pytest.fixture
+def told(toy_native, tmp_path):
+    return TrainArguments(toy_native, tmp_path / "rows.jsonl", tmp_path / "out")
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    lines = (json.dumps({"content": f"类型#裙*第{number}条", "summary": "好看。" * number}) for number in range(1, 9))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path / "rows.jsonl"
+
+
+def encoder(toy_tokenizer, length=64):
+    return RowEncoder(toy_tokenizer, PromptFormat(), length, length)
+
+
+def made(output):
+    return sorted(folder.name for folder in (output / rows.FOLDER).iterdir() if folder.is_dir())
+
+
+def test_the_same_rows_are_encoded_once_and_others_anew(told, file, toy_tokenizer, caplog):
+    caplog.set_level("INFO")
+    first = rows.encoded([file], told, encoder(toy_tokenizer))
+    again = rows.encoded([file], told, encoder(toy_tokenizer))
+    assert first["input_ids"][:] == again["input_ids"][:]
+    assert caplog.text.count("8 rows used") == 1
+    assert "rows encoded before" in caplog.text
+    assert len(made(told.output_dir)) == 1
+    rows.encoded([file], told, encoder(toy_tokenizer, 32))
+    file.write_text(file.read_text() + '\n{"content": "甲", "summary": "乙"}')
+    assert len(rows.encoded([file], told, encoder(toy_tokenizer))) == 9
+    assert len(made(told.output_dir)) == 3
+
+
+def encode(told, file, tokenizer):
+    """What each process of a run does."""
+    rows.encoded([file], told, encoder(tokenizer))
+
+
+def test_processes_that_come_at_once_all_get_the_rows_and_one_encodes(told, file, toy_tokenizer):
+    """G8: nobody waits in a collective call."""
+    spawn = multiprocessing.get_context("spawn")
+    started = [spawn.Process(target=encode, args=(told, file, toy_tokenizer)) for _ in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    assert [process.exitcode for process in started] == [0, 0]
+    assert len(made(told.output_dir)) == 1
+
+
+def test_a_killed_encoding_leaves_nothing_that_is_taken_for_rows(told, file, toy_tokenizer):
+    half = told.output_dir / rows.FOLDER / "0123.partial"
+    half.mkdir(parents=True)
+    assert len(rows.encoded([file], told, encoder(toy_tokenizer))) == 8
+
+
+def test_a_file_that_is_not_there_is_named(told, toy_tokenizer, tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        rows.encoded([tmp_path / "nowhere.jsonl"], told, encoder(toy_tokenizer))
+
+
+TOOL = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+CONVERSATION = [
+    {"role": "system", "content": "查天气", "tools": [TOOL]},
+    {"role": "user", "content": "北京天气"},
+    {"role": "assistant", "metadata": "get_weather", "content": "```python\ntool_call(city='北京')\n```"},
+    {"role": "observation", "content": "31度"},
+    {"role": "assistant", "content": "北京31度。"},
+]
+
+
+def test_a_conversation_with_a_tool_is_taught_as_the_api_asks_it(told, toy_tokenizer, tmp_path):
+    """F7: one encoder; the row begins with the ids of the API's prompt and goes on with the answer."""
+    file = tmp_path / "turns.jsonl"
+    other = [{"role": "user", "content": "好"}, {"role": "assistant", "content": "你好。"}]
+    file.write_text("\n".join(json.dumps({"conversations": turns}) for turns in (CONVERSATION, other)))
+    told = replace(told, columns=Columns(conversations="conversations"))
+    found = rows.encoded([file], told, encoder(toy_tokenizer, 512))
+    prompt = PromptFormat().encode(as_messages(CONVERSATION[:-1]), toy_tokenizer)
+    assert found[0]["input_ids"][: len(prompt)] == prompt
+    labels = [label for label in found[0]["labels"] if label != IGNORED]
+    assert len(labels) > len(toy_tokenizer.encode("北京31度。")) + len(toy_tokenizer.encode("get_weather"))
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        (CONVERSATION[:-1], "the conversation does not end with an answer"),
+        ([*CONVERSATION[:1], {"role": "tool", "content": "x"}], "turn 1 has role 'tool'"),
+        ([{"role": "user", "content": "x", "tool_calls": []}], "turn 0 has an unknown field 'tool_calls'"),
+        ([{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}], "follows no question"),
+        ("你好", "is not a list of messages"),
+        ([], "the conversation does not end with an answer"),
+    ],
+)
+def test_a_conversation_that_cannot_be_learnt_is_skipped_with_its_reason(turns, reason, told, toy_tokenizer, tmp_path):
+    """F7; with --max-skipped 0 it ends the run."""
+    file = tmp_path / "turns.jsonl"
+    file.write_text("\n".join(json.dumps({"talk": row}) for row in (CONVERSATION, turns)))
+    told = replace(told, columns=Columns(conversations="talk"))
+    assert len(rows.encoded([file], told, encoder(toy_tokenizer, 512))) == 1
+    with pytest.raises(UserError, match="1 rows cannot be used .*1 .*" + re.escape(reason)):
+        rows.encoded([file], replace(told, max_skipped=0), encoder(toy_tokenizer, 512))
+
+
+def test_several_files_are_learnt_one_after_another(told, file, toy_tokenizer, tmp_path):
+    (tmp_path / "more.json").write_text(json.dumps([{"content": "甲", "summary": "乙"}]))
+    found = rows.encoded([file, tmp_path / "more.json"], told, encoder(toy_tokenizer))
+    assert len(found) == 9
+    assert found[8]["input_ids"] == rows.encoded([tmp_path / "more.json"], told, encoder(toy_tokenizer))[0]["input_ids"]

@@ -1,0 +1,162 @@
+"""vLLM's engine from start to end: what is refused before it starts, what it prints, how it ends."""
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from reference import greedy, reference_answers
+from safetensors.torch import load_file
+from transformers import GlmConfig, GlmForCausalLM
+
+from entrypoints.answer import decode
+from entrypoints.checkpoint.tokenizer import TOKENIZER_FILE
+from entrypoints.engines.base import Engine
+from entrypoints.engines.vllm_engine import VllmEngine
+from entrypoints.errors import UserError
+
+LONG = 900  # tokens of an answer that is still running when something happens to it
+
+
+def processes() -> list[psutil.Process]:
+    """vLLM's, without Python's own tracker."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.status() != "zombie" and "VLLM" in "".join(child.cmdline())]
+
+
+def blocks(process: psutil.Process, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (mask,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def in_background(call: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            call()
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, errors
+
+
+def start(model: Path, **other: object) -> Engine:
+    return VllmEngine.load(model, {}, slots=2, **({"dtype": "float32"} | other))
+
+
+@pytest.fixture
+def wide_golden(golden_native: Path, tmp_path: Path) -> Path:
+    """The real vocabulary on random weights: vLLM's kernels for processors have no heads of 16, as the reference's."""
+    folder = tmp_path / "model"
+    torch.manual_seed(1)
+    config = GlmConfig.from_pretrained(golden_native, head_dim=32, num_hidden_layers=1)
+    GlmForCausalLM(config).save_pretrained(folder)
+    for name in (TOKENIZER_FILE, "tokenizer_config.json"):
+        shutil.copy(golden_native / name, folder / name)
+    return folder
+
+
+def test_the_real_vocabulary_gives_the_same_ids_and_json(golden: Path, wide_golden: Path):
+    expected = load_file(golden / "original-tiny.expected.safetensors")
+    prompts = [expected[f"{name}.input_ids"][0].tolist() for name in ("short", "multi", "tools")]
+    schema = {
+        "type": "object",
+        "properties": {"颜色": {"enum": ["红色", "blue"]}, "fits": {"type": "boolean"}},
+        "required": ["颜色", "fits"],
+        "additionalProperties": False,
+    }
+    engine = start(wide_golden)
+    try:
+        assert engine.generate_batch(prompts, greedy()) == reference_answers(wide_golden, prompts)
+        answer = json.loads(decode(engine.generate(prompts[1], greedy(60, json_schema=schema)), engine.tokenizer))
+    finally:
+        engine.close()
+    assert answer["颜色"] in ("红色", "blue")
+    assert answer["fits"] in (True, False)
+    assert not processes()
+
+
+def test_layers_split_over_two_processes_give_the_same_answers(
+    toy: Path, lora: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """What two GPUs would do, on two processes without any."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # it wants a memory bank for each process otherwise
+    engine = VllmEngine.load(toy, {"tuned": lora}, slots=4, dtype="float32", tensor_parallel_size=2)
+    try:
+        assert len(processes()) == 3
+        assert engine.generate_batch(prompts, greedy()) == reference_answers(toy, prompts)
+        tuned = [list(engine.generate(prompt, greedy(), "tuned")) for prompt in prompts[:8]]
+        assert tuned == reference_answers(toy, prompts[:8], lora)
+    finally:
+        engine.close()
+
+
+def test_prefix_adapters_are_refused_before_vllm_starts(toy: Path, prefix: Path, lora: Path):
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"P-Tuning v2.*: soft; .*--engine transformers"):
+        VllmEngine.load(toy, {"tuned": lora, "soft": prefix}, slots=2)
+    assert time.monotonic() - started < 2
+    assert not processes()
+
+
+def test_another_device_than_vllms_is_refused(toy: Path):
+    with pytest.raises(UserError, match="built for cpu, not for --device cuda"):
+        start(toy, device="cuda")
+
+
+def test_more_slots_than_memory_are_refused_before_vllm_starts(toy: Path):
+    with pytest.raises(UserError, match=r"1000000 slots of 1024 tokens needs .* GB"):
+        VllmEngine.load(toy, {}, slots=10**6)
+
+
+def test_what_vllm_cannot_load_is_an_error_that_leaves_nothing_behind(toy: Path):
+    with pytest.raises(RuntimeError, match="vLLM cannot load"):
+        start(toy, dtype="float8_e4m3fn")
+    assert not processes()
+    assert "vllm" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_closing_ends_running_answers_with_an_error(toy: Path, capfd: pytest.CaptureFixture):
+    """And while it ran, nothing came to stdout, and Ctrl-C would not have reached its processes."""
+    engine = start(toy)
+    assert len(processes()) == 2
+    assert all(blocks(process, signal.SIGINT) and not blocks(process, signal.SIGTERM) for process in processes())
+    tokens = engine.generate([700, 701], greedy(LONG))
+    next(tokens)
+    thread, errors = in_background(lambda: list(tokens))
+    time.sleep(0.1)
+    engine.close()
+    thread.join(timeout=5)
+    assert [str(error) for error in errors] == ["the engine was closed"]
+    with pytest.raises(RuntimeError, match="the engine was closed"):
+        next(engine.generate([700, 701], greedy()))
+    engine.close()
+    assert engine.broken is None
+    assert not processes()
+    assert capfd.readouterr().out == ""
+
+
+def test_a_dead_engine_says_so_and_ends_its_answers_with_an_error(toy: Path):
+    engine = start(toy)
+    assert engine.broken is None
+    tokens = engine.generate([700, 701], greedy(LONG))
+    next(tokens)
+    thread, errors = in_background(lambda: list(tokens))
+    for process in processes():
+        process.kill()
+    thread.join(timeout=10)
+    assert [type(error) for error in errors] == [RuntimeError]
+    assert engine.broken == "vLLM's engine died"
+    with pytest.raises(RuntimeError, match="vLLM"):
+        list(engine.generate([700, 701], greedy()))
+    engine.close()

@@ -1,0 +1,195 @@
+"""A scripted server, the pages in front of it, and a browser; what the tests of pages share."""
+
+import hashlib
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from chat_drivers import DRIVERS, ChatDriver
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from processes import PAGE_KEY, SLOW_KEY, SUPPORT, Process, free_port, glm
+
+CHROMIUM = "/usr/bin/chromium"
+# no sandbox for root, and nothing fetched in the background
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+SHOTS = Path(__file__).parent / "screenshots"
+
+NewPage = Callable[..., Page]
+
+
+class ScriptedApi:
+    """The scripted server; `record` is what it was asked."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.port, self.folder, self.model = free_port(), folder, model
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.file, self.keys = folder / "record.jsonl", folder / "keys"
+        lines = [(PAGE_KEY, "page", 100000), (SLOW_KEY, "slow", 1)]
+        self.keys.write_text(
+            "".join(f"{name} {hashlib.sha256(key.encode()).hexdigest()} {rate} 64\n" for key, name, rate in lines)
+        )
+        self.start()
+
+    def start(self) -> None:
+        command = [SUPPORT / "recording_server.py", self.model, self.port, self.file, self.keys]
+        self.process = Process(command, self.folder / "api.log", PYTHONPATH=str(SUPPORT))
+        self.process.wait_for(f"{self.url}/healthz")
+
+    def kill(self) -> None:
+        self.process.end(signal.SIGKILL)
+
+    def record(self) -> list[dict]:
+        """One entry for each answer, in the order of their ends."""
+        if not self.file.is_file():
+            return []
+        return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+
+
+class Served:
+    """A page as a process, with the file of all it asked for outside this machine."""
+
+    def __init__(self, ui: str, folder: Path, *words: object, path: str = "", **environment: str) -> None:
+        port = free_port()
+        folder.mkdir()
+        self.outside = folder / "outside"
+        self.outside.touch()
+        self.host = f"http://127.0.0.1:{port}"
+        self.address = f"{self.host}{path}/"
+        self.process = Process(
+            glm("web", "--ui", ui, "--port", port, *words),
+            folder / "page.log",
+            PYTHONPATH=str(SUPPORT / "lonely"),
+            OUTSIDE_FILE=str(self.outside),
+            **environment,
+        )
+        self.process.wait_for(f"{self.host}/healthz")
+
+
+@pytest.fixture(scope="session")
+def scripted_api(toy_native: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApi]:
+    api = ScriptedApi(toy_native, tmp_path_factory.mktemp("api"))
+    yield api
+    api.process.end()
+
+
+@pytest.fixture(scope="session")
+def serve_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Served]]:
+    """Start a page; all end with the session."""
+    started: list[Served] = []
+
+    def start(ui: str, *words: object, **options: str) -> Served:
+        started.append(Served(ui, tmp_path_factory.mktemp("page") / ui, *words, **options))
+        return started[-1]
+
+    yield start
+    for page in started:
+        page.process.end()
+
+
+@pytest.fixture(scope="session")
+def chat_pages(scripted_api: ScriptedApi, serve_page: Callable[..., Served]) -> Callable[[str], Served]:
+    """Both chat pages in front of the scripted server, each started when it is first needed."""
+    pages: dict[str, Served] = {}
+
+    def get(ui: str) -> Served:
+        if ui not in pages:
+            pages[ui] = serve_page(ui, "--api", scripted_api.url, "--api-key-env", "PAGE_KEY", PAGE_KEY=PAGE_KEY)
+        return pages[ui]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One for each module: while it runs, playwright holds an event loop that asyncio.run in other tests would meet."""
+    if not Path(CHROMIUM).is_file():
+        pytest.skip(f"no browser at {CHROMIUM} (apt-get install chromium fonts-noto-cjk)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def new_page(browser: Browser) -> Iterator[NewPage]:
+    """A visitor: a browser window of its own. At the end no page has met an error or asked another host."""
+    contexts: list[BrowserContext] = []
+    problems: list[str] = []
+
+    def make(width: int = 1400, height: int = 900, locale: str = "zh-CN", **options: object) -> Page:
+        context = browser.new_context(locale=locale, viewport={"width": width, "height": height}, **options)
+        context.set_default_timeout(10_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
+        page.on("dialog", lambda dialog: problems.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: problems.extend(_outside(request.url)))
+        page.on("websocket", lambda websocket: problems.extend(_outside(websocket.url)))
+        return page
+
+    yield make
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def _outside(url: str) -> list[str]:
+    scheme, _, rest = url.partition("://")
+    host = rest.partition("/")[0].partition(":")[0]
+    return (
+        [] if scheme in ("data", "blob") or host in ("127.0.0.1", "localhost") or "://" not in url else [f"asked {url}"]
+    )
+
+
+@pytest.fixture(params=DRIVERS)
+def ui(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def visit(ui: str, chat_pages: Callable[[str], Served], new_page: NewPage) -> Callable[..., ChatDriver]:
+    """Open the page as a new visitor."""
+
+    def make(**options: object) -> ChatDriver:
+        return DRIVERS[ui](new_page(**options), chat_pages(ui).address).open()
+
+    return make
+
+
+@pytest.fixture
+def chat(visit: Callable[..., ChatDriver]) -> ChatDriver:
+    return visit()
+
+
+@pytest.fixture(scope="session")
+def training_run(toy_native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy tuned for seconds on small talk, with the records of its run."""
+    folder = tmp_path_factory.mktemp("run")
+    chat = resources.files("entrypoints.demo").joinpath("chat.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, chat) if not row["history"]][:8]
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    words = {
+        "--model-name-or-path": toy_native, "--train-file": file, "--validation-file": file, "--test-file": file,
+        "--output-dir": folder / "tuned", "--max-steps": 20, "--per-device-train-batch-size": 8,
+        "--learning-rate": 4e-3, "--warmup-steps": 5, "--logging-steps": 2, "--save-steps": 10,
+    }  # fmt: skip
+    command = glm("train", "--predict-with-generate", *(part for pair in words.items() for part in pair))
+    training = Process(command, folder / "log")
+    assert training.popen.wait(240) == 0, training.output()
+    return folder / "tuned"
+
+
+@pytest.fixture(scope="session")
+def shots() -> Path:
+    """Folder of screenshots, emptied at the start."""
+    shutil.rmtree(SHOTS, ignore_errors=True)
+    SHOTS.mkdir()
+    return SHOTS
