@@ -20,6 +20,7 @@ from entrypoints.checkpoint.adapters import Adapter, open_adapter
 from entrypoints.checkpoint.native import NativeCheckpoint, open_native
 from entrypoints.engines.background import BackgroundLoop
 from entrypoints.engines.base import Token
+from entrypoints.engines.guard import Guard
 from entrypoints.engines.vllm_settings import (
     device_settings,
     lora_settings,
@@ -54,6 +55,7 @@ class VllmEngine:
         self.slots = slots
         self._folders = {name: adapter.folder.resolve() for name, adapter in adapters.items()}
         self._loop = loop
+        self._guard = Guard()
         self._numbers = itertools.count()
         self._loras: dict[str, Any] = {}
         self._llm: Any = None
@@ -131,6 +133,7 @@ class VllmEngine:
     def close(self) -> None:
         """End running calls with an error, and vLLM's processes with them."""
         self._loop.close(self._stop)
+        self._guard.dismiss()
 
     async def _start(self, settings: dict) -> None:
         from vllm import AsyncEngineArgs
@@ -156,9 +159,11 @@ class VllmEngine:
         async def one(prompt: Sequence[int], own: Any) -> list[int]:
             return [int(token) async for token in self._tokens(prompt, own, None)]
 
-        answers = map(one, prompts, parameters)
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(answer) for answer in answers]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(*asked)) for asked in zip(prompts, parameters, strict=True)]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def _tokens(self, prompt: Sequence[int], parameters: Any, adapter: str | None) -> AsyncIterator[Token]:

@@ -9,18 +9,23 @@ import openai
 import pytest
 from serving_process import GLM, SCRIPTED, Server, serving
 
+from entrypoints.engines.loading import PACKAGES
+
 # The model each engine is given, and the flags that make its numbers the same on every path. An engine joins here.
 ENGINES = {
     "transformers": ("toy_native", ["--dtype", "float32"]),
     "llamacpp": ("toy_gguf", []),
+    "vllm": ("toy_native", ["--dtype", "float32"]),
 }
+ELSEWHERE = ("vllm",)  # engines with an environment of their own: `make test-vllm`
+PRESENT = [name for name in ENGINES if name not in ELSEWHERE or importlib.util.find_spec(PACKAGES[name])]
 
 
-@pytest.fixture(scope="session", params=ENGINES)
+@pytest.fixture(scope="session", params=PRESENT)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A toy behind every engine in turn, with four slots."""
-    if request.param == "llamacpp" and importlib.util.find_spec("xllamacpp") is None:
-        pytest.skip("the package xllamacpp is not installed")
+    if importlib.util.find_spec(PACKAGES[request.param]) is None:
+        pytest.skip(f"the package {PACKAGES[request.param]} is not installed")
     fixture, flags = ENGINES[request.param]
     argv = [*GLM, "serve", "--model", request.getfixturevalue(fixture), "--served-model-name", "toy"]
     log = tmp_path_factory.mktemp("server") / "log"

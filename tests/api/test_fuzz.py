@@ -24,7 +24,7 @@ from entrypoints.checkpoint.tokenizer import load_tokenizer
 CHAT = "/v1/chat/completions"
 SEED = 20240607
 CASES = 3000
-EXAMPLES = 60  # of each operation that takes a body, right and wrong
+EXAMPLES = 40  # of each operation that takes a body, right and wrong
 OPERATIONS = (
     "POST /v1/chat/completions", "POST /v1/completions", "POST /tokenize", "GET /v1/models", "GET /v1/models/{name}",
     "GET /healthz", "GET /readyz", "GET /metrics",
@@ -85,8 +85,8 @@ def test_no_request_after_the_document_ends_in_a_500(name, mode, operations, see
 
 
 def test_the_server_that_met_them_all_is_well(fuzzed, seen):
-    assert sum(seen.values()) > 250, seen
-    assert seen[200] > 30, seen
+    assert sum(seen.values()) > 200, seen
+    assert seen[200] > 20, seen
     assert seen[400] > 50, seen
     assert fuzzed.metric("glm_running") == fuzzed.metric("glm_queue_length") == 0
     assert "Traceback" not in fuzzed.log

@@ -204,6 +204,8 @@ def test_a_schema_that_is_none_is_refused(engine: Engine):
 def test_ids_beyond_the_vocabulary_are_refused(engine: Engine):
     with pytest.raises(UserError, match="vocabulary"):
         list(engine.generate([10**6], greedy()))
+    with pytest.raises(UserError, match="vocabulary"):
+        engine.generate_batch([[700], [10**6]], greedy())
     assert engine.broken is None
 
 

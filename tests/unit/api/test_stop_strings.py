@@ -53,14 +53,14 @@ def test_nothing_that_may_become_a_stop_string_is_shown_early():
 
 
 def test_text_in_any_pieces_is_cut_like_the_whole():
-    """20,000 random texts over few letters, so that stop strings overlap themselves and each other."""
+    """10,000 random texts over few letters, so that stop strings overlap themselves and each other."""
     chance = random.Random(3)
     found = 0
-    for _ in range(20_000):
+    for _ in range(10_000):
         text = "".join(chance.choices("ab你", k=chance.randrange(12)))
         stops = ["".join(chance.choices("ab你", k=chance.randrange(1, 5))) for _ in range(chance.randrange(4))]
         places = sorted(chance.choices(range(len(text) + 1), k=chance.randrange(6)))
         parts = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
         assert cut(parts, stops) == expected(text, stops), (parts, stops)
         found += expected(text, stops)[1]
-    assert 5_000 < found < 19_000
+    assert 2_500 < found < 9_500
