@@ -34,6 +34,7 @@ def create_app(serving: Serving) -> FastAPI:
     app.state.serving = serving
     _add_errors(app)
     _add_model_routes(app, serving)
+    _add_answer_routes(app, serving)
     _add_health_routes(app, serving)
     app.add_middleware(RequestFrame, serving=serving)
     if serving.options.cors_origins:  # around the frame, so that a page can also read what the frame itself answers
@@ -84,6 +85,8 @@ def _add_model_routes(app: FastAPI, serving: Serving) -> None:
         ids = await anyio.to_thread.run_sync(token_ids, serving, body)
         return {"tokens": ids, "count": len(ids), "max_model_len": serving.engine.window}
 
+
+def _add_answer_routes(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request, key: Key = Depends(caller)) -> Response:
         """Answer a conversation."""

@@ -16,7 +16,14 @@ from entrypoints.settings import DEVICES, Settings
 
 logger = logging.getLogger(__name__)
 ENGINES = ("auto", "transformers", "llamacpp", "vllm")
-LEAST = {"slots": 1, "queue": 0, "drain_seconds": 0, "max_body_bytes": 1, "port": 0}
+NO_END = 10**9
+BOUNDS = {
+    "slots": (1, NO_END),
+    "queue": (0, NO_END),
+    "drain_seconds": (0, NO_END),
+    "max_body_bytes": (1, NO_END),
+    "port": (0, 65535),  # a larger one would lose its upper bits in silence
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,13 +65,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     model = Path(args.model or settings.model_path or "")
     if not (args.model or settings.model_path):
         raise UserError("no model is named", "add --model DIR or set MODEL_PATH")
-    low = {name: least for name, least in LEAST.items() if getattr(args, name) < least}
-    if args.port > 65535:  # more bits would be left out in silence
-        raise UserError(f"--port {args.port} is no port", "--port is 0 to 65535")
-    if low:
-        given = ", ".join(f"{_flag(name)} {getattr(args, name)}" for name in low)
-        bounds = ", ".join(f"{_flag(name)} is {least} or more" for name, least in low.items())
-        raise UserError(f"too low: {given}", bounds)
+    _check_bounds(args)
     from entrypoints.api.auth import KeyRing
     from entrypoints.api.server import Options, Serving
 
@@ -123,8 +124,14 @@ def _adapters(texts: list[str], model: str) -> dict[str, Path]:
     return found
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _check_bounds(args: argparse.Namespace) -> None:
+    wrong = {name: bounds for name, bounds in BOUNDS.items() if not bounds[0] <= getattr(args, name) <= bounds[1]}
+    if wrong:
+        flags = {name: "--" + name.replace("_", "-") for name in wrong}
+        raise UserError(
+            f"out of bounds: {', '.join(f'{flags[name]} {getattr(args, name)}' for name in wrong)}",
+            ", ".join(f"{flags[name]} is {least} to {most}" for name, (least, most) in wrong.items()),
+        )
 
 
 def _is_loopback(host: str) -> bool:

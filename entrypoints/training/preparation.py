@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +116,8 @@ def precision(arguments: TrainArguments) -> dict:
         )
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which accelerate imports, warns otherwise
+    if shutil.which("ninja") is None:  # DeepSpeed builds its ops with the one beside this interpreter
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     use_cpu = not cuda and (arguments.device == "cpu" or not torch.backends.mps.is_available())
     has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = has_bf16 and not arguments.fp16 if arguments.bf16 is None else arguments.bf16

@@ -3,7 +3,7 @@
 import asyncio
 import atexit
 import json
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message
@@ -48,11 +48,43 @@ def data_lines(body: bytes) -> list[str]:
     return [event.removeprefix("data: ") for event in events]
 
 
+@dataclass
+class Caller:
+    """One end of a request: gives its chunks, takes the reply, and hangs up once `leave` holds."""
+
+    chunks: list[bytes]
+    leave: Callable[[Reply], bool] | None
+    reply: Reply = field(default_factory=Reply)
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def receive(self) -> Message:
+        if self.chunks:
+            return {"type": "http.request", "body": self.chunks.pop(0), "more_body": bool(self.chunks)}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.reply.status = message["status"]
+            self.reply.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+        else:
+            self.reply.chunks.append(message.get("body", b""))
+            self.reply.finished = not message.get("more_body", False)
+        await asyncio.sleep(0)
+        if self.reply.finished:
+            self.left.set()
+
+    async def watch(self) -> None:
+        while not self.leave(self.reply):
+            await asyncio.sleep(0.002)
+        self.left.set()
+
+
 async def call(
     app: ASGIApp,
     method: str,
     path: str,
-    content: dict | list | bytes | Sequence[bytes] | None = None,
+    content: dict | list | bytes | tuple[bytes, ...] | None = None,
     headers: dict[str, str] | None = None,
     leave: Callable[[Reply], bool] | None = None,
 ) -> Reply:
@@ -63,44 +95,24 @@ async def call(
     else:
         chunks = [content if isinstance(content, bytes) else b"" if content is None else json.dumps(content).encode()]
         given.setdefault("content-length", str(len(chunks[0])))
-    reply, left = Reply(), asyncio.Event()
-
-    async def receive() -> Message:
-        if chunks:
-            return {"type": "http.request", "body": chunks.pop(0), "more_body": bool(chunks)}
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            reply.status = message["status"]
-            reply.headers = {name.decode(): value.decode() for name, value in message["headers"]}
-        else:
-            reply.chunks.append(message.get("body", b""))
-            reply.finished = not message.get("more_body", False)
-        await asyncio.sleep(0)
-        if reply.finished or (leave and leave(reply)):
-            left.set()
-
-    async def watch() -> None:
-        while not leave(reply):
-            await asyncio.sleep(0.002)
-        left.set()
-
-    path, _, query = path.partition("?")
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
-        "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "",
-        "headers": [(name.encode(), value.encode("latin-1")) for name, value in given.items()],
-        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80), "state": {},
-    }  # fmt: skip
-    watcher = asyncio.create_task(watch()) if leave else None
+    caller = Caller(chunks, leave)
+    watcher = asyncio.create_task(caller.watch()) if leave else None
     try:
-        await app(scope, receive, send)
+        await app(_scope(method, path, given), caller.receive, caller.send)
     finally:
         if watcher:
             watcher.cancel()
-    return reply
+    return caller.reply
+
+
+def _scope(method: str, path: str, headers: dict[str, str]) -> dict:
+    path, _, query = path.partition("?")
+    return {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+        "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "",
+        "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers.items()],
+        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80), "state": {},
+    }  # fmt: skip
 
 
 _runner = asyncio.Runner()  # one event loop for all: a server belongs to its own
