@@ -29,8 +29,10 @@ class _Server(uvicorn.Server):
         if self.should_exit:
             logger.warning("%s again: ending at once", signal.Signals(sig).name)
             os._exit(128 + sig)  # a model's step may last, and the interpreter would wait for its thread
-        logger.info("%s: no new requests; %d answers go on", signal.Signals(sig).name, self.serving.admission.running)
-        self.serving.admission.draining = True
+        admission = self.serving.admission
+        unfinished = admission.running + admission.waiting
+        logger.info("%s: no new requests; %d answers go on", signal.Signals(sig).name, unfinished)
+        admission.draining = True
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
