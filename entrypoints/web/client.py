@@ -141,6 +141,7 @@ class Answering:
         self.growth = Growth()
         self.stopped = False
         self.done = threading.Event()
+        self.taking = threading.Lock()  # held by the one thread that makes the answer a turn
         self._lock = threading.Lock()
         self._cancel: Callable[[], None] | None = None
         work = self._watched(api.answer(messages, options, self.growth))

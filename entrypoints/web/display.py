@@ -50,9 +50,9 @@ class Bubble:
 
 def bubbles(talk: Talk, language: str, render: Render) -> Iterator[Bubble]:
     """The talk as it stands, the growing answer last."""
-    growing = []
-    if talk.answering:
-        growth = talk.answering.growth
+    growing, answering = [], talk.answering
+    if answering:
+        growth = answering.growth
         growing = [
             {"role": "assistant", "content": growth.text or say(language, "waiting"), "tool_calls": growth.calls}
         ]

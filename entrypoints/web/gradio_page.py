@@ -164,8 +164,8 @@ class ChatPage:
                         pieces = answering.growth.pieces
                         yield {self.chat: self.messages(talk, language)}
             finally:  # also when the visitor has gone
-                if talk.answering is answering:
-                    problem = talk.take().problem
+                if talk.answering is answering and (taken := talk.take()):
+                    problem = taken.problem
         yield {
             **self.shown(talk, language),
             **self.banner_for(problem, language),

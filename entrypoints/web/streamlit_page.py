@@ -12,7 +12,7 @@ from streamlit.runtime import get_instance
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from entrypoints.settings import Settings
-from entrypoints.web.client import Api, Model, Problem
+from entrypoints.web.client import Answering, Api, Model, Problem
 from entrypoints.web.display import bubbles, for_streamlit, status
 from entrypoints.web.streamlit_frame import set_up
 from entrypoints.web.talk import Options, Talk, sliders
@@ -33,10 +33,12 @@ def main() -> None:
         state.talk, state.problem, state.models = Talk(), None, []
         _find_models(api)
     _settings(api)
+    # Streamlit lets a run that a click ended go on beside the next one until its next call: either may take the answer
+    answering = state.talk.answering
     chat = st.container()
     _below(api)
     with chat:
-        _conversation(state.talk, language)
+        _conversation(state.talk, answering, language)
 
 
 def _settings(api: Api) -> None:
@@ -75,10 +77,10 @@ def _find_models(api: Api) -> None:
         state.models, state.problem = found, None
 
 
-def _conversation(talk: Talk, language: str) -> None:
+def _conversation(talk: Talk, answering: Answering | None, language: str) -> None:
     """All that was said; while an answer grows, this lasts until its end and then starts a new run."""
     shown = list(bubbles(talk, language, for_streamlit))
-    growing = shown.pop() if talk.answering and not talk.answering.growth.calls else None
+    growing = shown.pop() if answering and talk.answering is answering and not answering.growth.calls else None
     if not shown and not growing:
         st.markdown(say(language, "empty"), text_alignment="center")
     for bubble in shown:
@@ -87,22 +89,23 @@ def _conversation(talk: Talk, language: str) -> None:
             if bubble.role == "assistant":
                 with st.popover(say(language, "copy"), type="tertiary", width="content"):
                     st.code(bubble.raw, language=None, wrap_lines=True)
-    if talk.answering:
+    if answering:
         with st.chat_message("assistant"):
-            _grow(talk, language)
-        st.session_state.problem = talk.take().problem
+            _grow(answering, language)
+        if taken := talk.take():
+            st.session_state.problem = taken.problem
         st.rerun()
 
 
-def _grow(talk: Talk, language: str) -> None:
-    box, answering, session = st.empty(), talk.answering, get_script_run_ctx().session_id
+def _grow(answering: Answering, language: str) -> None:
+    box, session = st.empty(), get_script_run_ctx().session_id
     try:
         while not answering.done.wait(TICK_SECONDS):
             # this call is also where a click, such as stop, ends this run
             box.markdown(for_streamlit(answering.growth.text) or say(language, "waiting"), anchors=False)
     finally:
         if not get_instance().is_active_session(session):
-            talk.stop()  # the visitor has gone
+            answering.stop()  # the visitor has gone
 
 
 def _below(api: Api) -> None:

@@ -93,22 +93,29 @@ class Talk:
         return None
 
     def take(self) -> Growth | None:
-        """End the growing answer, stopped if it still grows, and make it a turn; None if there is none."""
-        if self.answering is None:
+        """End the growing answer, stopped if it still grows, and make it a turn; None if there is none.
+
+        Of several threads one takes it, and the others return when it is a turn.
+        """
+        answering = self.answering
+        if answering is None:
             return None
-        answering, self.answering = self.answering, None
         answering.stop()
         answering.done.wait(5)
-        self.last, self.last_stopped = answering.growth, answering.stopped
-        if self.last.text or self.last.calls:
-            calls = {"tool_calls": self.last.calls} if self.last.calls else {}
-            self.messages.append({"role": "assistant", "content": self.last.text, **calls})
-        return self.last
+        with answering.taking:
+            if self.answering is not answering:
+                return None
+            self.last, self.last_stopped = answering.growth, answering.stopped
+            if self.last.text or self.last.calls:
+                calls = {"tool_calls": self.last.calls} if self.last.calls else {}
+                self.messages.append({"role": "assistant", "content": self.last.text, **calls})
+            self.answering = None
+            return self.last
 
     def stop(self) -> None:
         """Stop the growing answer, if any; what it said so far stays."""
-        if self.answering:
-            self.answering.stop()
+        if answering := self.answering:
+            answering.stop()
 
     def forget_answer(self) -> bool:
         """Take the last answer back, so that it can be asked for again; False if nothing can be asked."""
@@ -126,8 +133,8 @@ class Talk:
 
     def clear(self) -> None:
         """Start anew."""
-        self.stop()
-        self.messages, self.answering, self.last = [], None, None
+        self.take()
+        self.messages, self.last = [], None
 
     def training_rows(self) -> str:
         """JSON lines for glm train: columns content, summary, history; rounds with tool calls are left out.

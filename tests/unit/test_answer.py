@@ -1,4 +1,4 @@
-"""Trap names (A8, C1, D2, D3, L1) are those of shared/knowledge/user-pains.md."""
+"""Trap names (A8, C1, D2, D3, L1) are those of the list of reported pains."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Trap names (A4, C2, C4, D3, D4, E1) are those of shared/knowledge/user-pains.md."""
+"""Trap names (A4, C2, C4, D3, D4, E1) are those of the list of reported pains."""
 
 import itertools
 import json

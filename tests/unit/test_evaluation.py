@@ -1,4 +1,4 @@
-"""Trap names (C5, F8, H1) are those of shared/knowledge/user-pains.md."""
+"""Trap names (C5, F8, H1) are those of the list of reported pains."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Trap names (A1 to A4, C4, D5) are those of shared/knowledge/user-pains.md."""
+"""Trap names (A1 to A4, C4, D5) are those of the list of reported pains."""
 
 import jinja2
 import pytest

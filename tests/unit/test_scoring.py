@@ -1,4 +1,4 @@
-"""Trap names (H1 to H6) are those of shared/knowledge/user-pains.md."""
+"""Trap names (H1 to H6) are those of the list of reported pains."""
 
 import math
 import os

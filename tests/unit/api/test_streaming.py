@@ -1,4 +1,4 @@
-"""Traps D2, D3, D4, D7 and D8 of shared/knowledge/user-pains.md, and that a stream says what the whole says."""
+"""Traps D2, D3, D4, D7 and D8 of the list of reported pains, and that a stream says what the whole says."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Original layout to native and back, on the toy. Trap names (B4, B8, C2) are those of user-pains.md."""
+"""Original layout to native and back, on the toy. Trap names (B4, B8, C2) are those of the list of reported pains."""
 
 import json
 import re

@@ -1,6 +1,6 @@
 """What stands in the way of a conversion, and what an interrupted one leaves.
 
-Trap names (B2, B3, B7) are those of user-pains.md.
+Trap names (B2, B3, B7) are those of the list of reported pains.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Trap names are those of shared/knowledge/user-pains.md."""
+"""Trap names are those of the list of reported pains."""
 
 import json
 import shutil

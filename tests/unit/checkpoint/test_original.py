@@ -1,4 +1,4 @@
-"""Trap names (B2, B3, B5, L4) are those of shared/knowledge/user-pains.md."""
+"""Trap names (B2, B3, B5, L4) are those of the list of reported pains."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What llama.cpp promises through our interface. Trap names are those of shared/knowledge/user-pains.md."""
+"""What llama.cpp promises through our interface. Trap names are those of the list of reported pains."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Trap names (F1 to F9) are those of shared/knowledge/user-pains.md."""
+"""Trap names (F1 to F9) are those of the list of reported pains."""
 
 import json
 import os

@@ -1,11 +1,13 @@
 """A visitor's conversation, without a server."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from entrypoints.api.openai_schema import ChatRequest
 from entrypoints.dataset.reading import Columns, examples, parse_rows
 from entrypoints.sampling import Sampling
-from entrypoints.web.client import Problem, without_oldest_round
+from entrypoints.web.client import Answering, Api, Problem, without_oldest_round
 from entrypoints.web.talk import EXAMPLE_TOOLS, Options, Talk, parse_tools, sliders
 
 
@@ -59,6 +61,18 @@ def test_results_answer_the_calls_in_their_order():
     assert talk.waiting_calls() == []
     talk.say("q2")
     assert talk.messages[-1]["role"] == "user"
+
+
+def test_an_answer_that_several_threads_take_is_one_turn():
+    """A page whose old run goes on beside the new one takes twice."""
+    for _ in range(50):
+        talk = Talk(said("问"))
+        talk.answering = Answering(Api("http://127.0.0.1:9/v1"), said("问"), {"model": "m"})
+        talk.answering.growth.text = "答"
+        with ThreadPoolExecutor(8) as threads:
+            taken = list(threads.map(lambda _, talk=talk: talk.take(), range(8)))
+        assert len([growth for growth in taken if growth]) == 1
+        assert talk.messages == said("问", "答")
 
 
 def test_taking_back_a_question_takes_all_that_followed():
