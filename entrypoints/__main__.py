@@ -15,6 +15,7 @@ from entrypoints.settings import LOG_FORMATS, LOG_LEVELS, Settings
 JOBS = {
     "download": "fetch a ChatGLM3 checkpoint from a hub or a mirror",
     "convert": "turn the original layout into one that plain transformers loads, and back",
+    "prepare": "fill a model store once: download, convert, quantise, or make the demo's toy",
     "verify": "check every file of a checkpoint against its manifest",
     "data": "check or split training data",
     "train": "fine-tune on prompt/response rows, in full or as an adapter",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from entrypoints.errors import UserError
 
@@ -22,7 +23,10 @@ class Secret:
 
 @dataclass(frozen=True)
 class Settings:
-    """Resolved environment of a process; each field is read from the variable of the same name in capitals."""
+    """Resolved environment of a process; each field is read from the variable of the same name in capitals.
+
+    A secret may lie in a file instead, as container engines hand them out: API_KEY_FILE for API_KEY.
+    """
 
     model_path: str = ""  # folder of a converted checkpoint, the default of --model
     adapter_path: str = ""  # folder of a converted adapter, the default of --adapter
@@ -40,11 +44,14 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
-        """Read the variables; an empty one counts as unset.
+        """Read the variables; an empty one, or an empty file of a secret, counts as unset.
 
-        Raises UserError naming every variable whose value is none of the allowed ones.
+        Raises UserError naming every variable whose value is none of the allowed ones, or the file that is not there.
         """
         given = {f.name: f.type(env[f.name.upper()]) for f in fields(cls) if env.get(f.name.upper())}
+        for f in fields(cls):
+            if f.type is Secret and f.name not in given:
+                given[f.name] = Secret(_from_file(f"{f.name.upper()}_FILE", env))
         settings = cls(**given)
         allowed = {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS, "device": DEVICES}
         wrong = [
@@ -61,3 +68,14 @@ class Settings:
         """Values that must never reach a log."""
         values = (getattr(self, f.name) for f in fields(self))
         return [value.value for value in values if isinstance(value, Secret) and value]
+
+
+def _from_file(variable: str, env: Mapping[str, str]) -> str:
+    """First line of the file that the variable names; empty where it names none."""
+    if not env.get(variable):
+        return ""
+    try:
+        return Path(env[variable]).read_text(encoding="utf-8").partition("\n")[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"{variable}={env[variable]} cannot be read ({error})"
+        raise UserError(problem, "name a text file that this user may read") from error

@@ -6,13 +6,13 @@ shape (layers * 2, groups, length, head_dim), keys at even and values at odd pla
 
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from entrypoints.checkpoint.files import refuse_lfs_pointer, safetensors_header, written_beside
 from entrypoints.checkpoint.layout import Shape, tensors
@@ -98,6 +98,40 @@ def open_adapter(folder: Path, base: Shape) -> Adapter:
         raise UserError(f"{folder} is in the original layout", f"convert it first: glm convert {folder} DST --base DIR")
     _check_lora(folder, config, base)
     return Adapter(folder, prompt_format)
+
+
+def merging(adapter: Adapter) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """What makes a base tensor, called with its native name, the tuned one in float32; others are given back as is.
+
+    Raises UserError for a prefix: it has no weights to merge.
+    """
+    if adapter.pre_seq_len is not None:
+        raise UserError(
+            f"{adapter.folder} is a P-Tuning v2 prefix: keys and values, no weights to merge",
+            "run it beside its converted base model: --adapter",
+        )
+    halves, scale = lora_halves(adapter)
+
+    def merged(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name not in halves:
+            return tensor
+        down, up = halves[name]
+        return tensor.float().addmm(up, down, alpha=scale)
+
+    return merged
+
+
+def lora_halves(adapter: Adapter) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
+    """A (rank, in) and B (out, rank) in float32 by native tensor, and the factor of their product."""
+    config, stored = read_json(adapter.folder / CONFIG_FILE), load_file(adapter.folder / LORA_FILE)
+    names = {name.partition(".lora_")[0] for name in stored}
+    halves = {
+        f"{name.removeprefix('base_model.model.')}.weight": tuple(
+            stored[f"{name}.lora_{half}.weight"].float() for half in "AB"
+        )
+        for name in names
+    }
+    return halves, config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
 
 
 def _lora(source: Path, shape: Shape) -> tuple[str, dict[str, torch.Tensor], dict]:

@@ -22,7 +22,8 @@ ARCHITECTURE = "chatglm"
 TOKENIZER_KEY = "glm.tokenizer_json"  # the text of tokenizer.json: rebuilding it from pieces and scores would be slower
 PROMPT_KEY = "glm.prompt_format"  # JSON, as prompt.json
 PROVENANCE_KEY = "glm.provenance"  # JSON, as in manifest.json
-TYPES = {"q4_0": 2, "q8_0": 7, "f16": 1}  # and what general.file_type calls them
+# smallest first, and what general.file_type calls them
+TYPES = {"q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q8_0": 7, "f16": 1}
 MAGIC = b"GGUF"
 VERSION = 3
 ALIGNMENT = 32

@@ -66,5 +66,53 @@ def check_manifest(folder: Path, hashes: bool, progress: Callable[[int], object]
     return len(files)
 
 
+def weights_hash(folder: Path) -> str | None:
+    """One hash of all weights in a checkpoint, by what its manifest says; None without a manifest."""
+    if not (folder / MANIFEST_FILE).is_file():
+        return None
+    files = read_manifest(folder)["files"]
+    weights = sorted((name, entry["sha256"]) for name, entry in files.items() if name.endswith(".safetensors"))
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+
+
+def refuse_other_base(adapter: Path, base: Path) -> None:
+    """Raise UserError when an adapter's manifest names other weights than those of `base`.
+
+    An adapter that does not say what it was tuned on, and a base without a manifest, are not refused.
+    """
+    if not (adapter / MANIFEST_FILE).is_file():
+        return
+    origin = read_manifest(adapter)["provenance"]
+    tuned_on, here = origin.get("base_weights"), weights_hash(base)
+    if tuned_on and here and tuned_on != here:
+        raise UserError(
+            f"{adapter} was tuned on {origin.get('base', 'another model')}, whose weights are not those of {base}",
+            "use the base it was tuned on: in another precision or tuned further it is another model",
+        )
+
+
+def record_of(file: Path) -> Path:
+    """Where the size and the hash of a single file, as a GGUF file is one, stand beside it."""
+    return file.with_name(f"{file.name}.json")
+
+
+def read_record(file: Path) -> dict:
+    """The record beside a single file; raises UserError when there is none or it is damaged."""
+    record = record_of(file)
+    try:
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise UserError(f"{record} is missing, so {file} cannot be checked", f"remove {file} too") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{record} is damaged ({error!r})", f"remove {file} and run glm prepare again") from error
+
+
+def check_record(file: Path) -> None:
+    """Compare a single file with the record beside it; raises UserError when its size or contents are others."""
+    known = read_record(file)
+    if (file.stat().st_size, sha256(file)) != (known.get("size"), known.get("sha256")):
+        raise UserError(f"{file} has other contents than when it was made", "remove it and run glm prepare again")
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_FILE)

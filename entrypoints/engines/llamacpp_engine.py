@@ -18,7 +18,7 @@ from entrypoints.checkpoint.gguf import GgufCheckpoint, open_gguf
 from entrypoints.engines.base import Token
 from entrypoints.engines.json_grammar import json_grammar
 from entrypoints.engines.llamacpp_calls import Calls
-from entrypoints.engines.machine import available_cpus, available_memory
+from entrypoints.engines.machine import available_cpus, available_memory, require_processor
 from entrypoints.errors import UserError
 from entrypoints.prompt import PromptFormat
 from entrypoints.sampling import Sampling
@@ -46,19 +46,27 @@ class LlamaCppEngine:
         self.adapters: dict[str, PromptFormat] = {}
         self.slots = slots
         self.window = window
+        self._rows = checkpoint.shape.vocabulary
         self._calls = Calls(server, checkpoint.tokenizer)
         # also at the interpreter's exit: a thread that is still inside llama.cpp then would crash it
         self._close = weakref.finalize(self, self._calls.close)
 
     @classmethod
     def load(
-        cls, file: Path, slots: int = 4, window: int | None = None, threads: int | None = None
+        cls,
+        file: Path,
+        slots: int = 4,
+        window: int | None = None,
+        threads: int | None = None,
+        in_place: bool = False,
     ) -> "LlamaCppEngine":
         """Check and load a file made by `glm quantize`.
 
         window: tokens of each slot, the file's own if not given. threads: as many as this process may use if not given.
+        in_place: use the weights as they lie in the file, in pages that the system may take back: little memory, slow.
         Raises UserError when the file is not usable, the window is larger than the model's, or memory is short.
         """
+        require_processor()
         checkpoint = open_gguf(file)
         window = checkpoint.window if window is None else window
         if not 1 < window <= checkpoint.window or slots < 1:
@@ -67,7 +75,7 @@ class LlamaCppEngine:
                 f"the window is at most {checkpoint.window}, slots at least 1",
             )
         tokens = slots * -(-window // PAGE) * PAGE
-        needed = file.stat().st_size + checkpoint.cache_bytes(tokens)
+        needed = checkpoint.cache_bytes(tokens) + (0 if in_place else file.stat().st_size)
         if (available := available_memory()) < needed:
             raise UserError(
                 f"{file} with {slots} slots of {window} tokens needs {needed / 1e9:.1f} GB of memory, "
@@ -76,8 +84,9 @@ class LlamaCppEngine:
             )
         threads = threads or available_cpus()
         logger.info("loading %s (%s), %d slots of %d tokens, %d threads", file, checkpoint.type, slots, window, threads)
-        _read_ahead(file)
-        engine = cls(checkpoint, _start(file, tokens, slots, threads), slots, window)
+        if not in_place:
+            _read_ahead(file)
+        engine = cls(checkpoint, _start(file, tokens, slots, threads, in_place), slots, window)
         # the first token warms the model up; and a server that is closed before its loop has begun would never end
         list(engine.generate([checkpoint.tokenizer.pad_id], Sampling(max_new_tokens=1)))
         return engine
@@ -108,6 +117,19 @@ class LlamaCppEngine:
         finally:
             tokens.close()
 
+    def greedy(self, prompt: Sequence[int], most: int, likeliest: int) -> list[Token]:
+        """The likeliest answer, a stop id included, each token with so many of the likeliest in its place.
+
+        What llama.cpp does not tell of (see `Calls`) has no logprob.
+        """
+        request = _request(prompt, Sampling(max_new_tokens=most, temperature=0), most)
+        found = []
+        for token in self._calls.stream(request | {"n_probs": min(likeliest, self._rows)}):
+            found.append(token)
+            if token in self.tokenizer.stop_ids or len(found) == most:
+                break
+        return found
+
     def generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         """Answers to several prompts, `slots` at a time, without their stop ids."""
         with ThreadPoolExecutor(self.slots) as pool:
@@ -131,10 +153,11 @@ def _request(prompt: Sequence[int], sampling: Sampling, most: int) -> dict:
         "return_progress": True,  # a word after each step of reading the prompt, at which the call can be cancelled
         "n_predict": most,
         "n_probs": max(1, sampling.top_logprobs or 0),  # without them this route does not tell ids
-        # in the order of transformers; all others that llama.cpp has on by default stay out
-        "samplers": ["penalties", "temperature", "top_k", "top_p"],
-        "temperature": 0.0 if sampling.greedy else sampling.temperature,
-        "top_k": sampling.top_k or 0,
+        # in the order of transformers; all others that llama.cpp has on by default stay out. Greedy is the first of the
+        # likeliest: top_p would sort the whole vocabulary for each token, 2 ms of ChatGLM3's
+        "samplers": ["penalties", "top_k"] if sampling.greedy else ["penalties", "temperature", "top_k", "top_p"],
+        "temperature": 1.0 if sampling.greedy else sampling.temperature,
+        "top_k": 1 if sampling.greedy else sampling.top_k or 0,
         "top_p": sampling.top_p,
         "repeat_penalty": sampling.repetition_penalty,
         "frequency_penalty": sampling.frequency_penalty,
@@ -153,7 +176,7 @@ def _read_ahead(file: Path) -> None:
             pass
 
 
-def _start(file: Path, tokens: int, slots: int, threads: int) -> object:
+def _start(file: Path, tokens: int, slots: int, threads: int, in_place: bool = False) -> object:
     try:
         import xllamacpp
     except ImportError as error:
@@ -169,6 +192,11 @@ def _start(file: Path, tokens: int, slots: int, threads: int) -> object:
     params.fit_params = False  # what was asked for, or an error
     params.offline = True
     params.warmup = False
+    # it copies the weights into the order that its arithmetic likes best, 1.2 times as fast; mapping them too would
+    # leave both copies resident, 7.2 GB instead of 4.1 for the 6B in q4_0
+    mode = xllamacpp.llama_load_mode
+    params.load_mode = mode.LLAMA_LOAD_MODE_MMAP if in_place else mode.LLAMA_LOAD_MODE_NONE
+    params.no_extra_bufts = in_place
     params.verbosity = INFORMATION if logger.isEnabledFor(logging.DEBUG) else ERRORS_ONLY
     params.ui = params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = False
     params.n_threads_http = 1

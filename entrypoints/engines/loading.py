@@ -31,10 +31,13 @@ def check(engine: str, model: Path, adapters: Mapping[str, Path]) -> None:
     if model.suffix == ".gguf":
         raise UserError(f"the engine {engine} does not read GGUF files", "use --engine llamacpp")
     from entrypoints.checkpoint.adapters import open_adapter
+    from entrypoints.checkpoint.manifest import refuse_other_base
     from entrypoints.checkpoint.native import open_native
 
     shape = open_native(model).shape
     opened = {name: open_adapter(path, shape) for name, path in adapters.items()}
+    for path in adapters.values():
+        refuse_other_base(path, model)
     if engine == "vllm":
         from entrypoints.engines.vllm_settings import refuse_prefixes
 

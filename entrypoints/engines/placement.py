@@ -7,12 +7,12 @@ else float32. Several GPUs: whole layers in order, and the embedding, final norm
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from entrypoints.checkpoint.layout import Shape, tensors
-from entrypoints.engines.machine import available_memory
+from entrypoints.engines.driver import check_driver
+from entrypoints.engines.machine import available_memory, processor_flags
 from entrypoints.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,8 @@ def spread(shape: Shape, count: int, kind: str = "cuda") -> dict[str, str]:
 
 
 def _kind(device: str) -> str:
+    if device in ("auto", "cuda"):
+        check_driver()
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return next(kind for kind, there in present.items() if there)
@@ -114,8 +116,4 @@ def devices() -> list[tuple[str, str]]:
 
 def cpu_computes_bf16() -> bool:
     """Does the processor multiply bfloat16 itself? Elsewhere torch emulates it, slower than float32."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return False
-    flags = next((line for line in info.read_text().splitlines() if line.lower().startswith(("flags", "features"))), "")
-    return bool(NATIVE_BF16 & set(flags.split()))
+    return bool(NATIVE_BF16 & processor_flags())

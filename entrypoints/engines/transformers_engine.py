@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from entrypoints.checkpoint.adapters import Adapter, open_adapter
+from entrypoints.checkpoint.manifest import refuse_other_base
 from entrypoints.checkpoint.native import open_native
 from entrypoints.checkpoint.tokenizer import Tokenizer
 from entrypoints.engines.base import Token
@@ -87,6 +88,8 @@ class TransformersEngine:
         """Check and load a native checkpoint and adapters to choose from by name; raises UserError as `load` does."""
         checkpoint = open_native(folder, verify=verify)
         opened = {name: open_adapter(path, checkpoint.shape) for name, path in adapters.items()}
+        for path in adapters.values():
+            refuse_other_base(path, folder)
         placement = place(checkpoint.shape, device, dtype)
         logger.info("loading %s on %s", folder, placement)
         engine = cls(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from entrypoints.checkpoint.adapters import Adapter, open_adapter
+from entrypoints.checkpoint.manifest import refuse_other_base
 from entrypoints.checkpoint.native import NativeCheckpoint, open_native
 from entrypoints.engines.background import BackgroundLoop
 from entrypoints.engines.base import Token
@@ -81,6 +82,8 @@ class VllmEngine:
         checkpoint = open_native(model, verify=verify)
         opened = {name: open_adapter(path, checkpoint.shape) for name, path in adapters.items()}
         refuse_prefixes(opened)
+        for path in adapters.values():
+            refuse_other_base(path, model)
         kind = prepare(device)
         settings = model_settings(checkpoint, slots) | lora_settings(opened, kind)
         settings |= device_settings(checkpoint.shape, slots, kind, dtype, tensor_parallel_size, gpu_memory_utilization)

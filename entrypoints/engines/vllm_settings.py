@@ -7,6 +7,7 @@ from entrypoints.checkpoint.adapters import CONFIG_FILE, Adapter
 from entrypoints.checkpoint.layout import Shape
 from entrypoints.checkpoint.native import NativeCheckpoint
 from entrypoints.checkpoint.original import read_json
+from entrypoints.engines.driver import check_driver
 from entrypoints.engines.machine import available_memory
 from entrypoints.engines.placement import HEADROOM, gpus_needed, place, weight_bytes
 from entrypoints.errors import UserError
@@ -34,6 +35,8 @@ def prepare(device: str) -> str:
     Raises UserError when vLLM is not installed, finds no device that it was built for, or it is not `device`.
     """
     os.environ.update(ENVIRONMENT | os.environ)
+    if device in ("auto", "cuda"):
+        check_driver()
     try:
         from vllm.platforms import current_platform
     except ImportError as error:

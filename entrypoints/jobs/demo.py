@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib import resources
 from pathlib import Path
 
 from entrypoints.errors import UserError
@@ -28,24 +27,21 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     """Each step prints its command first; a step that fails ends the demo."""
     start = time.monotonic()
     folder = args.output_dir
-    texts = _lay_out_sample(folder)
-    _say(f"A toy model in the original layout, with random weights and its own vocabulary: {folder}/original")
     from entrypoints.demo.model import write_toy
+    from entrypoints.demo.recipe import COLUMNS, TUNING, lay_out_sample
 
+    texts = lay_out_sample(folder)
+    _say(f"A toy model in the original layout, with random weights and its own vocabulary: {folder}/original")
     write_toy(folder / "original", texts)
     _say("The original layout becomes one that plain transformers loads")
     _glm("convert", folder / "original", folder / "native", "--overwrite")
     _say("The sample: ad copy in AdvertiseGen's form, and small talk")
     _glm("data", "split", folder / "ad_copy.jsonl", folder / "ads", "--dev-rows", DEV_ROWS, "--overwrite")
     _join([folder / "ads" / "train.jsonl", folder / "chat.jsonl"], folder / "train.jsonl")
-    columns = ("--prompt-column", "content", "--response-column", "summary", "--history-column", "history")
-    _glm("data", "check", folder / "train.jsonl", *columns, "--model", folder / "native")
+    _glm("data", "check", folder / "train.jsonl", *COLUMNS, "--model", folder / "native")
     _say("Full-parameter fine-tuning")
-    _glm("train", "--model-name-or-path", folder / "native", "--train-file", folder / "train.jsonl", *columns,
-         "--output-dir", folder / "tuned", "--overwrite-output-dir", "--num-train-epochs", args.num_train_epochs,
-         "--max-source-length", 256, "--max-target-length", 128,
-         "--per-device-train-batch-size", 16, "--learning-rate", 2e-3, "--lr-scheduler-type", "cosine",
-         "--warmup-steps", 20, "--weight-decay", 0.01, "--logging-steps", 50, "--save-steps", 100000)  # fmt: skip
+    _glm("train", "--model-name-or-path", folder / "native", "--train-file", folder / "train.jsonl",
+         "--output-dir", folder / "tuned", "--num-train-epochs", args.num_train_epochs, *TUNING)  # fmt: skip
     _say("Scores on the rows it learnt, and on rows it never saw")
     for name in ("train", "dev"):
         _glm("evaluate", "--model", folder / "tuned", "--test-file", folder / "ads" / f"{name}.jsonl",
@@ -55,20 +51,6 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     for prompt in (*(json.loads(row)["content"] for row in learnt), "你好", "你是谁"):
         _glm("chat", "--model", folder / "tuned", "--temperature", 0, "--prompt", prompt)
     _summary(folder, time.monotonic() - start)
-
-
-def _lay_out_sample(folder: Path) -> list[str]:
-    """Copy the bundled rows into the demo's folder; returns their texts."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {folder} ({error.strerror})", "choose another --output-dir") from error
-    texts = []
-    for name in ("ad_copy.jsonl", "chat.jsonl"):
-        text = resources.files("entrypoints.demo").joinpath(name).read_text(encoding="utf-8")
-        (folder / name).write_text(text, encoding="utf-8")
-        texts += [row[column] for row in map(json.loads, text.splitlines()) for column in ("content", "summary")]
-    return texts
 
 
 def _join(files: list[Path], target: Path) -> None:

@@ -1,6 +1,7 @@
-"""Write a converted checkpoint as one GGUF file, whole (f16) or quantised (q8_0, q4_0), which runs without a GPU.
+"""Write a converted checkpoint as one GGUF file, whole (f16) or in 8, 5 or 4 bits, which runs without a GPU.
 
-Prints the file; `glm chat --model FILE.gguf` talks to it.
+The file is loaded before it gets its name: its greedy answers and its odds are compared with the source's, and one
+that is too far from it is not kept. Prints the file; `glm chat --model FILE.gguf` talks to it.
 """
 
 import argparse
@@ -9,25 +10,48 @@ import sys
 from pathlib import Path
 
 from entrypoints.checkpoint.gguf import TYPES
+from entrypoints.dataset.reading import Columns, Example, examples, read_rows
 from entrypoints.errors import UserError
 from entrypoints.settings import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `glm quantize`."""
+    columns = Columns()
     parser.add_argument("folder", type=Path, metavar="DIR", help="converted checkpoint, as glm convert writes it")
     parser.add_argument("target", type=Path, metavar="OUT.gguf", help="file to write; appears whole or not at all")
     parser.add_argument(
-        "--type", choices=TYPES, default="q4_0", help="4 or 8 bits for each weight, or 16 as it was trained"
+        "--type", choices=TYPES, default="q4_0", help="4, 5 or 8 bits for most weights, or 16 as it was trained"
     )
+    parser.add_argument("--adapter", type=Path, help="converted LoRA to merge in")
+    parser.add_argument("--imatrix", type=Path, metavar="ROWS", help="rows of yours that say which weights matter most")
+    parser.add_argument("--imatrix-rows", type=int, default=64, help="how many of them to use")
+    parser.add_argument("--prompt-column", default=columns.prompt, help="field of ROWS with the prompt")
+    parser.add_argument("--response-column", default=columns.response, help="field of ROWS with the answer")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
-    """Write, print the file, and its size on stderr."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("this needs the package gguf", "pip install 'glm-entrypoints[quantized]'")
-    from entrypoints.checkpoint.gguf_writing import write_gguf
+    """Write, check, print the file; on stderr its size and how near it is to its source."""
+    if args.folder.suffix == ".gguf":
+        raise UserError(f"{args.folder} is quantised already", "name the converted checkpoint it was made from")
+    for package in ("gguf", "xllamacpp"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"this needs the package {package}", "pip install 'glm-entrypoints[quantized]'")
+    rows = _rows(args)
+    from entrypoints.engines.quantising import Order, quantise
 
-    size = write_gguf(args.folder, args.target, args.type)
+    source = args.imatrix.name if args.imatrix else ""
+    size, found = quantise(Order(args.folder, args.target, args.type, args.adapter, rows, source))
     print(args.target)
-    print(f"{size / 1e6:,.0f} MB", file=sys.stderr)
+    print(f"{size / 1e6:,.0f} MB, {found}", file=sys.stderr)
+
+
+def _rows(args: argparse.Namespace) -> list[Example]:
+    if args.imatrix is None:
+        return []
+    if args.imatrix_rows < 1:
+        raise UserError(f"--imatrix-rows {args.imatrix_rows} is not 1 or more", "64 are enough as a rule")
+    used, _ = examples(read_rows(args.imatrix), Columns(args.prompt_column, args.response_column))
+    if not used:
+        raise UserError(f"{args.imatrix} holds no row that can be used", "see glm data check")
+    return used[: args.imatrix_rows]

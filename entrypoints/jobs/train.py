@@ -7,12 +7,13 @@ with --method lora, qlora or ptuning an adapter for its --adapter.
 import argparse
 import logging
 import os
+from dataclasses import fields, replace
 from pathlib import Path
 
 from entrypoints.errors import UserError
-from entrypoints.prompt import TEMPLATES
+from entrypoints.prompt import TEMPLATES, PromptFormat
 from entrypoints.settings import DEVICES, Settings
-from entrypoints.training.arguments import LEARNING_RATES, LORA_TARGETS, METHODS, PRE_SEQ_LEN, PRESETS
+from entrypoints.training.arguments import LEARNING_RATES, LORA_TARGETS, METHODS, PRE_SEQ_LEN, PRESETS, TrainArguments
 
 logger = logging.getLogger(__name__)
 REPORTED = 3  # test rows whose answers stand in the report, before and after
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--max-train-samples", type=int, help="use only the first rows")
     data.add_argument("--preprocessing-num-workers", type=int, default=1, help="processes that encode rows")
-    data.add_argument("--overwrite-cache", action="store_true", help="accepted; rows are encoded anew in every run")
+    data.add_argument("--overwrite-cache", action="store_true", help="accepted; changed rows are always encoded anew")
     _add_method_arguments(parser)
     _add_run_arguments(parser)
     _add_optimizer_arguments(parser)
@@ -128,10 +129,14 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     if not model:
         raise UserError("no model is named", "add --model-name-or-path DIR or set MODEL_PATH")
     from entrypoints.dataset.reading import Columns, examples, read_rows
+    from entrypoints.training import early
 
     columns = Columns(args.prompt_column, args.response_column, args.history_column, args.conversations_column)
     tests, _ = examples(read_rows(args.test_file, args.encoding), columns) if args.test_file else ([], [])
     arguments = _arguments(args, Path(model), columns, settings)
+    if not os.environ.get("LOCAL_RANK"):  # a process of a launcher may find what another one has written already
+        early.check(arguments)
+    arguments = replace(arguments, prompt_format=_prompt_format(args, Path(model)))
     from entrypoints.training import launch, preflight
 
     if launch.is_worker(os.environ):
@@ -203,17 +208,8 @@ def _dry_run(arguments: object, layout: object, words: list[str]) -> None:
     print(" ".join(["torchrun", *layout.torchrun_words(), "-m", "entrypoints", "train", *line]))
 
 
-def _arguments(args: argparse.Namespace, model: Path, columns: object, settings: Settings) -> object:
-    from dataclasses import fields
-
-    from entrypoints.checkpoint.native import read_prompt_format
-    from entrypoints.training.arguments import TrainArguments
-
+def _arguments(args: argparse.Namespace, model: Path, columns: object, settings: Settings) -> TrainArguments:
     given = {field.name: getattr(args, field.name) for field in fields(TrainArguments) if hasattr(args, field.name)}
-    taught = read_prompt_format(model)
-    prompt_format = type(taught)(
-        args.template or taught.template, taught.source_prefix if args.source_prefix is None else args.source_prefix
-    )
     by_prefix = args.pre_seq_len is not None and args.method == "full"  # the tutorial has no other word for it
     return TrainArguments(
         **{
@@ -222,10 +218,17 @@ def _arguments(args: argparse.Namespace, model: Path, columns: object, settings:
             "train_file": tuple(args.train_file),
             "method": "ptuning" if by_prefix else args.method,
             "columns": columns,
-            "prompt_format": prompt_format,
             "device": args.device or settings.device,
         }
     )
+
+
+def _prompt_format(args: argparse.Namespace, model: Path) -> PromptFormat:
+    from entrypoints.checkpoint.native import read_prompt_format
+
+    taught = read_prompt_format(model)
+    prefix = taught.source_prefix if args.source_prefix is None else args.source_prefix
+    return PromptFormat(args.template or taught.template, prefix)
 
 
 def _rehearse(arguments: object, args: argparse.Namespace, tests: list) -> list[str]:

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         app = streamlit_app("training_page", {"OUTPUT_DIR": str(Path(folder).resolve())}, root_path)
         serve(app, args.host, args.port, root_path, password)
         return 0
-    key = os.environ.get(args.api_key_env, "")
+    key = settings.api_key.value if args.api_key_env == "API_KEY" else os.environ.get(args.api_key_env, "")
     if args.api_key_env != "API_KEY" and not key:
         raise UserError(f"--api-key-env {args.api_key_env}: that variable is not set", "set it, or leave the flag out")
     with _api(args, settings) as url:

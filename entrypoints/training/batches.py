@@ -1,13 +1,18 @@
 """Rows to batches: encoded once, before any process waits, and padded only to the longest row of a batch."""
 
-import json
+import contextlib
+import itertools
 import logging
-import sys
-from collections.abc import Iterator, Sequence
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
+import pyarrow
 import torch
+from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from entrypoints.checkpoint.tokenizer import Tokenizer
@@ -16,6 +21,14 @@ from entrypoints.prompt import IGNORED, Message, PromptFormat
 from entrypoints.training import packing
 
 logger = logging.getLogger(__name__)
+BLOCK = 4096  # rows that are encoded and written at once
+SCHEMA = pyarrow.schema([
+    ("input_ids", pyarrow.list_(pyarrow.int32())),
+    ("labels", pyarrow.list_(pyarrow.int32())),
+    ("length", pyarrow.int32()),
+    ("source_cut", pyarrow.bool_()),
+    ("target_cut", pyarrow.bool_()),
+])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,11 +42,8 @@ class RowEncoder:
 
     def __call__(self, row: dict) -> dict:
         """`input_ids`, `labels` and `length` of one row, and what was cut."""
-        turns = (
-            json.loads(row["turns"])
-            if row.get("turns")
-            else [*row["history"], Message("user", row["prompt"]), Message("assistant", row["response"])]
-        )
+        asked = [*row["history"], Message("user", row["prompt"]), Message("assistant", row["response"])]
+        turns = row.get("turns") or asked
         encoded = self.prompt_format.encode_for_training(
             turns, self.tokenizer, self.max_source_length, self.max_target_length
         )
@@ -46,37 +56,51 @@ class RowEncoder:
         }
 
 
-def encode_rows(examples: Sequence[Example], encoder: RowEncoder, workers: int = 1) -> datasets.Dataset:
-    """Encode all rows, in order, and log how many were cut.
+def encode_rows(examples: Iterable[Example], encoder: RowEncoder, file: Path, workers: int = 1) -> datasets.Dataset:
+    """Encode all rows into a file, in order, and log how many were cut; only a block of them is in memory at a time.
 
     Raises UserError when the limits do not hold the prompt's frame.
     """
-    rows = [
-        {
-            "prompt": row.prompt,
-            "response": row.response,
-            "history": [list(pair) for pair in row.history],
-            "turns": json.dumps(row.turns) if row.turns else "",  # a text: tools of one row have not another's fields
-        }
-        for row in examples
-    ]
-    workers = min(workers, len(rows))
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    encoder(rows[0])  # limits that hold no frame fail here, before worker processes start
-    encoded = datasets.Dataset.from_list(rows).map(
-        encoder,
-        remove_columns=list(rows[0]),
-        num_proc=workers if workers > 1 else None,
-        desc="rows",
-    )
-    cut = {name: sum(encoded[name]) for name in ("source_cut", "target_cut")}
-    lengths = encoded["length"]
+    examples = iter(examples)
+    first = next(examples)
+    encoder(_fields(first))  # limits that hold no frame fail here, before worker processes start
+    counts = Counter()
+    bar = tqdm(desc="rows", unit="row", disable=None)
+    with _mapper(workers) as mapped, pyarrow.OSFile(str(file), "wb") as sink, bar:
+        writer = pyarrow.ipc.new_stream(sink, SCHEMA)
+        for block in _blocks(itertools.chain([first], examples)):
+            rows = mapped(encoder, block)
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, SCHEMA))
+            bar.update(len(rows))
+            counts.update({name: sum(row[name] for row in rows) for name in ("length", "source_cut", "target_cut")})
+            counts["rows"] += len(rows)
+            counts["longest"] = max(counts["longest"], *(row["length"] for row in rows))
+        writer.close()
+    average = counts["length"] / counts["rows"]
     logger.info(
         "%d rows, %.1f tokens on average, %d at most; %d prompts and %d answers cut to the limits",
-        len(rows), sum(lengths) / len(rows), max(lengths), cut["source_cut"], cut["target_cut"],
+        counts["rows"], average, counts["longest"], counts["source_cut"], counts["target_cut"],
     )  # fmt: skip
-    return encoded.remove_columns(list(cut))
+    return datasets.Dataset.from_file(str(file))
+
+
+@contextlib.contextmanager
+def _mapper(workers: int) -> Iterator[Callable]:
+    """`map` over a block, in this process or in several."""
+    if workers == 1:
+        yield lambda function, block: [function(row) for row in block]
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield lambda function, block: pool.map(function, block, chunksize=-(-len(block) // workers))
+
+
+def _blocks(examples: Iterator[Example]) -> Iterator[list[dict]]:
+    while block := [_fields(row) for row in itertools.islice(examples, BLOCK)]:
+        yield block
+
+
+def _fields(row: Example) -> dict:
+    return {"prompt": row.prompt, "response": row.response, "history": row.history, "turns": row.turns}
 
 
 @dataclass(frozen=True)

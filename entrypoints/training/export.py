@@ -8,16 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from entrypoints.checkpoint import native
-from entrypoints.checkpoint.adapters import CONFIG_FILE, LORA_FILE, open_adapter
+from entrypoints.checkpoint.adapters import CONFIG_FILE, merging, open_adapter
 from entrypoints.checkpoint.conversion import write_native
 from entrypoints.checkpoint.files import written_beside
 from entrypoints.checkpoint.layout import tensors
-from entrypoints.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from entrypoints.checkpoint.manifest import MANIFEST_FILE, read_manifest, refuse_other_base, write_manifest
 from entrypoints.checkpoint.native import NativeCheckpoint, open_native
-from entrypoints.checkpoint.original import StoredTensor, TensorFiles, read_json
+from entrypoints.checkpoint.original import StoredTensor, TensorFiles
 from entrypoints.engines.transformers_engine import TransformersEngine
 from entrypoints.errors import UserError
 from entrypoints.prompt import Message
@@ -98,20 +97,9 @@ def _export_lora(source: Path, target: Path, base: Path | None, dtype: str, over
         raise UserError(f"{source} is an adapter", "name the model it was tuned on: --base DIR")
     checkpoint = open_native(base)
     adapter = open_adapter(source, checkpoint.shape)
-    if adapter.pre_seq_len is not None:
-        raise UserError(
-            f"{source} is a prefix: keys and values, no weights to merge", "serve it beside its base with --adapter"
-        )
+    merged = merging(adapter)
+    refuse_other_base(source, base)
     checkpoint = replace(checkpoint, prompt_format=adapter.prompt_format)
-    config, halves = read_json(source / CONFIG_FILE), load_file(source / LORA_FILE)
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-
-    def merged(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        stem = f"base_model.model.{name.removesuffix('.weight')}.lora_"
-        if f"{stem}A.weight" not in halves:
-            return tensor
-        return tensor.float() + scale * halves[f"{stem}B.weight"].float() @ halves[f"{stem}A.weight"].float()
-
     with written_beside(target, overwrite) as folder:
         write_native(checkpoint, checkpoint.files, folder, "keep" if dtype == "auto" else dtype, merged)
         _describe(folder, source)

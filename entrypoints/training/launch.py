@@ -22,11 +22,24 @@ from entrypoints.training.arguments import TrainArguments
 logger = logging.getLogger(__name__)
 MASTER_PORT = "29500"  # where several machines meet if none is named
 SHUTDOWN_SECONDS = 1800  # a save of the whole state must end before torchrun kills its processes
+CONSEQUENCE_SECONDS = 3600  # what torchrun takes for the first failure must be the cause
+# What gloo and NCCL say when a process at the other end is gone.
+LOST = ("connection reset", "connection closed", "broken pipe", "remote process exited", "socket timeout", "heartbeat")
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # Who names the number of machines and this one's place among them, in this order: torchrun's own words, an Indexed
 # Job, and the PyTorchJob of Kubeflow, where WORLD_SIZE and RANK count pods.
 NODES = ("NNODES", "PET_NNODES", "WORLD_SIZE")
 NODE_RANK = ("NODE_RANK", "PET_NODE_RANK", "JOB_COMPLETION_INDEX", "RANK")
+
+
+class LostProcess(UserError):
+    """A process of the run went away, on this machine or another, and this one cannot go on without it."""
+
+    def __init__(self, said: object) -> None:
+        super().__init__(
+            f"another process of the run went away ({str(said).splitlines()[0][:300]})",
+            "see what it said, on its machine; then start all of them again with --resume auto",
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ def start(layout: Layout, words: Sequence[str]) -> None:
 
     Raises UserError with what the first process to fail said, SystemExit or KeyboardInterrupt when told to stop.
     """
-    from torch.distributed import run
+    from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -102,6 +115,8 @@ def start(layout: Layout, words: Sequence[str]) -> None:
         run.run(run.parse_args(command))
     except ChildFailedError as error:
         raise _told(*error.get_first_failure()) from error
+    except DistError as error:
+        raise LostProcess(error) from error
     except SignalException as error:
         if error.sigval.name == "SIGINT":
             raise KeyboardInterrupt from error
@@ -111,12 +126,18 @@ def start(layout: Layout, words: Sequence[str]) -> None:
             signal.signal(number, handler)
 
 
+def is_loss(error: RuntimeError) -> bool:
+    """Does it say that a process at the other end is gone?"""
+    return any(words in str(error).lower() for words in LOST)
+
+
 def report(error: UserError, env: Mapping[str, str]) -> bool:
     """Hand a worker's mistake to the process that started it; False if nobody there reads it."""
     file = env.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return False
-    told = {"message": json.dumps([error.problem, error.remedy]), "timestamp": int(time.time())}
+    when = int(time.time()) + (CONSEQUENCE_SECONDS if isinstance(error, LostProcess) else 0)
+    told = {"message": json.dumps([error.problem, error.remedy]), "timestamp": when}
     Path(file).write_text(json.dumps(told), encoding="utf-8")
     return True
 

@@ -15,6 +15,7 @@ from entrypoints.checkpoint.native import write_json
 from entrypoints.checkpoint.prefix_encoder import encoder_shapes, finished_prefix
 from entrypoints.errors import UserError
 from entrypoints.training.arguments import LORA_TARGETS, TrainArguments
+from entrypoints.training.labelled import LabelledGlm
 from entrypoints.training.prefix import ENCODER, PrefixLearner
 
 ENCODER_FILE = "prefix_encoder.safetensors"  # what a run resumes from; the finished prefix has no way back to it
@@ -32,6 +33,8 @@ def load(arguments: TrainArguments, shape: Shape, compute: torch.dtype, divided:
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model_name_or_path, dtype=dtype, local_files_only=True, **_quantisation(arguments, compute)
     )
+    model.__class__ = LabelledGlm  # the same modules, another loss
+    model.smoothing = arguments.label_smoothing
     model.config.use_cache = False  # with one, packed rows would see each other
     if method == "freeze":
         return _last_layers(model, arguments.freeze_layers, compute if divided else torch.float32)

@@ -12,28 +12,43 @@ import torch
 from entrypoints.prompt import IGNORED
 
 
-def packed(rows: datasets.Dataset, room: int) -> datasets.Dataset:
-    """Rows of at most `room` tokens, each made of whole rows: the longest first, each where it fits first."""
+class Packs(torch.utils.data.Dataset):
+    """Rows of whole rows, put together when they are asked for; `bins` are the numbers of the rows in each."""
+
+    def __init__(self, rows: datasets.Dataset, bins: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
+        self.rows = rows
+        self.bins = bins
+        self.lengths = [sum(lengths[number] for number in numbers) for numbers in bins]
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def __getitem__(self, place: int | str) -> dict | list[int]:
+        """One pack; `length` is the column of their lengths, as a Dataset has it."""
+        if place == "length":
+            return self.lengths
+        rows = [self.rows[number] for number in self.bins[place]]
+        joined = {name: [id_ for row in rows for id_ in row[name]] for name in ("input_ids", "labels")}
+        positions = [position for row in rows for position in range(row["length"])]
+        return {**joined, "position_ids": positions, "length": self.lengths[place]}
+
+
+def packed(rows: datasets.Dataset, room: int) -> Packs:
+    """Packs of at most `room` tokens: the longest rows first, each into the pack that it fills up most."""
     lengths = rows["length"][:]
     bins: list[list[int]] = []
-    free: list[int] = []
+    with_room: list[list[int]] = [[] for _ in range(room + 1)]  # packs, by the tokens that still fit
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        place = next((index for index, left in enumerate(free) if left >= lengths[number]), None)
-        if place is None:
-            place = len(bins)
+        length = lengths[number]
+        left = next((left for left in range(length, room + 1) if with_room[left]), None)
+        if left is None:
+            left = room
+            with_room[room].append(len(bins))
             bins.append([])
-            free.append(room)
+        place = with_room[left].pop()
         bins[place].append(number)
-        free[place] -= lengths[number]
-    columns = rows.to_dict()
-    return datasets.Dataset.from_list([_joined(columns, numbers) for numbers in bins])
-
-
-def _joined(columns: dict, numbers: Sequence[int]) -> dict:
-    ids = [id_ for number in numbers for id_ in columns["input_ids"][number]]
-    labels = [label for number in numbers for label in columns["labels"][number]]
-    positions = [place for number in numbers for place in range(len(columns["input_ids"][number]))]
-    return {"input_ids": ids, "labels": labels, "position_ids": positions, "length": len(ids)}
+        with_room[left - length].append(place)
+    return Packs(rows, bins, lengths)
 
 
 def collate(rows: Sequence[dict], pad_id: int) -> dict[str, torch.Tensor]:

@@ -6,12 +6,13 @@ from transformers import GlmForCausalLM
 from entrypoints.checkpoint.layout import Shape
 from entrypoints.checkpoint.prefix_encoder import PrefixEncoder
 from entrypoints.engines.prefix import PrefixedGlm
+from entrypoints.training.labelled import LabelledGlm
 
 DROPOUT = 0.1  # of the prefix while it is learnt, as ChatGLM3's `get_prompt`
 ENCODER = "prefix_encoder."  # in front of its names in the model's state
 
 
-class PrefixLearner(PrefixedGlm):
+class PrefixLearner(PrefixedGlm, LabelledGlm):
     """A model whose prefix comes from `prefix_encoder`, its only part that learns."""
 
     prefix_encoder: PrefixEncoder

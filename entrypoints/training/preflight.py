@@ -98,7 +98,14 @@ class Plan:
         layer = layer_bytes(shape, width, self.arguments)
         kept = layers * width * shape.hidden + layer if self.arguments.gradient_checkpointing else layers * layer
         logits = shape.vocabulary * (width + 12)  # and in float32: a copy, its softmax and the gradient
-        return tokens * (kept + logits + 8 * shape.hidden)
+        return tokens * (kept + 8 * shape.hidden) + self._labels() * logits
+
+    def _labels(self) -> int:
+        """Most of a batch; where rows have one answer, not more than that is long and its end."""
+        arguments = self.arguments
+        several = arguments.packing or arguments.columns.history or arguments.columns.conversations
+        answer = self.length if several else min(self.length, arguments.max_target_length + 1)
+        return arguments.per_device_train_batch_size * answer
 
 
 def plan(arguments: TrainArguments, layout: Layout) -> Plan:

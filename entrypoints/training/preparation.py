@@ -12,14 +12,15 @@ from datasets import Dataset
 
 from entrypoints.checkpoint.files import require_space
 from entrypoints.checkpoint.native import NativeCheckpoint, open_native
+from entrypoints.engines.driver import check_driver
 from entrypoints.errors import UserError
 from entrypoints.prompt import PromptFormat
-from entrypoints.training import checkpoints, rows, zero
+from entrypoints.training import checkpoints, early, rows, zero
 from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.batches import RowEncoder
 from entrypoints.training.checkpoints import Checkpoint
 from entrypoints.training.launch import is_main
-from entrypoints.training.packing import packed
+from entrypoints.training.packing import Packs, packed
 from entrypoints.training.result import result_files
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Prepared:
 
     base: NativeCheckpoint
     prompt_format: PromptFormat
-    dataset: Dataset
+    dataset: Dataset | Packs
     validation: Dataset | None
     resumed: Checkpoint | None
     precision: dict  # fp16, bf16, use_cpu, as the Trainer takes them
@@ -47,7 +48,7 @@ def prepare(arguments: TrainArguments, processes: int = 1) -> Prepared:
     deepspeed = zero.configuration(arguments.deepspeed)
     base = open_native(arguments.model_name_or_path)
     files = list(arguments.train_files)
-    _require_files(files, arguments)
+    early.check_files(arguments)
     prompt_format = arguments.prompt_format or base.prompt_format
     encoder = RowEncoder(base.tokenizer, prompt_format, arguments.max_source_length, arguments.max_target_length)
     if is_main(os.environ):  # the others come when this one may have written already
@@ -65,13 +66,6 @@ def prepare(arguments: TrainArguments, processes: int = 1) -> Prepared:
     if is_main(os.environ):
         _clear_output(arguments.output_dir, resumed)
     return Prepared(base, prompt_format, dataset, validation, resumed, computes, deepspeed)
-
-
-def _require_files(files: list[Path], arguments: TrainArguments) -> None:
-    held_out = [arguments.validation_file] if arguments.validation_file else []
-    for file in (*files, *held_out):
-        if not file.exists():
-            raise UserError(f"there is no file {file}", "check the path")
 
 
 def _validates(arguments: TrainArguments) -> bool:
@@ -104,6 +98,8 @@ def precision(arguments: TrainArguments) -> dict:
 
     Raises UserError for what this machine cannot do.
     """
+    if arguments.device in ("auto", "cuda"):
+        check_driver()
     cuda = torch.cuda.is_available() and arguments.device in ("auto", "cuda")
     if arguments.device == "cuda" and not cuda:
         raise UserError("--device cuda: this machine has no CUDA device", "use --device auto")
@@ -125,15 +121,8 @@ def precision(arguments: TrainArguments) -> dict:
 
 
 def _check_output(arguments: TrainArguments, base: NativeCheckpoint) -> None:
+    early.check_output(arguments)
     folder = arguments.output_dir
-    if folder.is_file():
-        raise UserError(f"--output-dir {folder} is a file", "name a folder")
-    may_hold = arguments.overwrite_output_dir or arguments.resume
-    if folder.is_dir() and not may_hold and any(not file.name.startswith(".") for file in folder.iterdir()):
-        raise UserError(
-            f"--output-dir {folder} is not empty",
-            "choose another folder, add --overwrite-output-dir, or go on with --resume auto",
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

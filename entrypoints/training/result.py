@@ -7,7 +7,7 @@ import torch
 
 from entrypoints.checkpoint import native
 from entrypoints.checkpoint.adapters import CONFIG_FILE, LORA_FILE, PREFIX_FILE
-from entrypoints.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from entrypoints.checkpoint.manifest import MANIFEST_FILE, read_manifest, weights_hash, write_manifest
 from entrypoints.checkpoint.native import PROMPT_FILE, TEMPLATE_FILE, NativeCheckpoint
 from entrypoints.prompt import PromptFormat
 from entrypoints.training.arguments import TrainArguments
@@ -27,6 +27,7 @@ class Finishing:
             "made_by": "glm train",
             "method": arguments.method,
             "base": base.folder.resolve().name,
+            "base_weights": weights_hash(base.folder),
             "base_provenance": _provenance(base.folder),
             "columns": {name: column for name, column in asdict(arguments.columns).items() if column is not None},
             "max_source_length": arguments.max_source_length,

@@ -5,11 +5,12 @@ wait for a file lock and read. No collective call waits, so no NCCL timeout ends
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,14 +18,16 @@ import datasets
 
 from entrypoints.checkpoint.files import locked
 from entrypoints.checkpoint.tokenizer import TOKENIZER_FILE
-from entrypoints.dataset.reading import Example, examples, read_rows
+from entrypoints.dataset.reading import Example, require_columns, stream_examples, stream_rows
 from entrypoints.errors import UserError
 from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.batches import RowEncoder, encode_rows
 
 logger = logging.getLogger(__name__)
 FOLDER = ".rows"
-ENCODING_VERSION = 1  # to be raised when the same row would give other ids
+ROWS_FILE = "rows.arrow"
+TOLD = 10  # skipped rows of a file that are named
+ENCODING_VERSION = 2  # to be raised when the same row would give other ids
 
 
 def encoded(files: Sequence[Path], arguments: TrainArguments, encoder: RowEncoder) -> datasets.Dataset:
@@ -35,33 +38,38 @@ def encoded(files: Sequence[Path], arguments: TrainArguments, encoder: RowEncode
     folder = arguments.output_dir / FOLDER / _key(files, arguments, encoder)
     with locked(folder.parent / "lock"):
         if not folder.is_dir():
-            rows = _read(files, arguments)[: arguments.max_train_samples]
-            made = encode_rows(rows, encoder, arguments.preprocessing_num_workers)
+            rows = itertools.islice(_read(files, arguments), arguments.max_train_samples)
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            made.save_to_disk(str(partial))
+            partial.mkdir()
+            encode_rows(rows, encoder, partial / ROWS_FILE, arguments.preprocessing_num_workers)
             partial.rename(folder)
         else:
             logger.info("%s: rows encoded before", ", ".join(map(str, files)))
-    return datasets.load_from_disk(str(folder))
+    return datasets.Dataset.from_file(str(folder / ROWS_FILE))
 
 
-def _read(files: Sequence[Path], arguments: TrainArguments) -> list[Example]:
-    found, reasons = [], Counter()
+def _read(files: Sequence[Path], arguments: TrainArguments) -> Iterator[Example]:
+    reasons = Counter()
     for file in files:
-        used, skipped = examples(read_rows(file, arguments.encoding), arguments.columns)
-        for row in skipped[:10]:
-            logger.warning("skipped %s:%d: %s", row.file.name, row.line, row.reason)
-        logger.info("%s: %d rows used, %d skipped", file, len(used), len(skipped))
-        found += used
-        reasons.update(row.reason for row in skipped)
+        require_columns(file, arguments.encoding, arguments.columns)
+        used = skipped = 0
+        for row in stream_examples(stream_rows(file, arguments.encoding), arguments.columns):
+            if isinstance(row, Example):
+                used += 1
+                yield row
+                continue
+            skipped += 1
+            reasons[row.reason] += 1
+            if skipped <= TOLD:
+                logger.warning("skipped %s:%d: %s", row.file.name, row.line, row.reason)
+        logger.info("%s: %d rows used, %d skipped", file, used, skipped)
     if arguments.max_skipped is not None and reasons.total() > arguments.max_skipped:
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         raise UserError(
             f"{reasons.total()} rows cannot be used ({counts})",
             f"mend them, or allow more than {arguments.max_skipped}",
         )
-    return found
 
 
 def _key(files: Sequence[Path], arguments: TrainArguments, encoder: RowEncoder) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from entrypoints.training import methods
 from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.batches import Collator
 from entrypoints.training.checkpoints import Checkpoint
-from entrypoints.training.launch import is_worker
+from entrypoints.training.launch import LostProcess, is_loss, is_worker
 from entrypoints.training.loop import GlmTrainer
 from entrypoints.training.preparation import Prepared, compute_dtype, prepare
 from entrypoints.training.result import Finishing
@@ -45,7 +46,12 @@ def _run(trainer: GlmTrainer, resumed: Checkpoint | None) -> None:
         logger.info("going on from %s", resumed.folder)
         going_on["resume_from_checkpoint"] = str(resumed.folder)
     with interrupts.caught():
-        result = trainer.train(**going_on)
+        try:
+            result = trainer.train(**going_on)
+        except RuntimeError as error:
+            if torch.distributed.is_initialized() and is_loss(error):
+                raise LostProcess(error) from error
+            raise
         interrupts.raise_if_any()
     if trainer.is_world_process_zero():
         trainer.save_metrics("train", result.metrics)
@@ -64,6 +70,9 @@ def _trainer(arguments: TrainArguments, prepared: Prepared) -> GlmTrainer:
     if prepared.deepspeed:
         import deepspeed
 
+        if shutil.which(os.environ.get("CXX", "c++")) is None:
+            # compiled at every start: shared memory between processors of one host, in place of gloo's sockets
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # its collectives have new names in torch, and every call would say so
         warnings.filterwarnings("ignore", ".*torch.distributed.*is deprecated", FutureWarning)
         deepspeed.init_distributed(dist_backend="gloo" if settings.use_cpu else None, verbose=False)
@@ -96,7 +105,6 @@ def _settings(arguments: TrainArguments, prepared: Prepared) -> dict:
         "ddp_find_unused_parameters": False,
         "deepspeed": prepared.deepspeed,
         "eval_strategy": "epoch" if prepared.validation else "no",
-        "label_smoothing_factor": arguments.label_smoothing,
         "learning_rate": arguments.rate,
         "max_steps": arguments.max_steps or -1,
         "logging_nan_inf_filter": False,

@@ -171,7 +171,8 @@ def _stream(port: int, body: bytes) -> tuple[int, float]:
             if first is None and b'"content": ""' not in line:
                 first = time.monotonic()
     connection.close()
-    return json.loads(last.removeprefix(b"data: "))["usage"]["completion_tokens"], first
+    tokens = json.loads(last.removeprefix(b"data: "))["usage"]["completion_tokens"]
+    return tokens, first or time.monotonic()  # a random model may say tokens without text
 
 
 def _ask_raw(pipe: Connection) -> Callable[[int, int], Run]:
@@ -206,7 +207,7 @@ def _raw_llamacpp(model: Path) -> Callable[[int], tuple[int, float]]:
         seen: list[float] = []
 
         def take(chunk: dict) -> bool:
-            if chunk["choices"] and chunk["choices"][0]["text"]:
+            if chunk["choices"] and chunk["choices"][0]["logprobs"]:
                 seen.append(time.monotonic())
             return False
 

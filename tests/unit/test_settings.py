@@ -22,3 +22,15 @@ def test_a_secret_shows_in_no_text_made_of_it():
     assert settings.secrets() == ["hf_QuiteSecret"]
     assert Settings().secrets() == []
     assert not Secret()
+
+
+def test_a_secret_may_lie_in_a_file_and_an_empty_file_counts_as_unset(tmp_path):
+    (tmp_path / "key").write_text("glm-opensesame\n", encoding="utf-8")
+    settings = Settings.from_env({"API_KEY_FILE": str(tmp_path / "key"), "HF_TOKEN_FILE": "/dev/null"})
+    assert (settings.api_key, settings.hf_token) == (Secret("glm-opensesame"), Secret())
+    assert Settings.from_env({"API_KEY_FILE": str(tmp_path / "key"), "API_KEY": "other"}).api_key == Secret("other")
+
+
+def test_a_secrets_file_that_cannot_be_read_is_named_with_its_variable(tmp_path):
+    with pytest.raises(UserError, match=r"PAGE_PASSWORD_FILE=.*/absent cannot be read .*user may read"):
+        Settings.from_env({"PAGE_PASSWORD_FILE": str(tmp_path / "absent")})

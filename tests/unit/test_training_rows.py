@@ -1,4 +1,4 @@
-"""Rows to train on: PromptFormat.encode_for_training. Trap names (A7, F8, G1, G2) are those of user-pains.md."""
+"""Rows to train on: PromptFormat.encode_for_training. Trap names (A7, F8, G1, G2) are those of the reported pains."""
 
 import pytest
 

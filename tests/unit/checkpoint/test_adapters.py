@@ -1,4 +1,4 @@
-"""LoRA and P-Tuning v2 adapters of the toy. Trap names (B2, B3, B6, B7) are those of user-pains.md."""
+"""LoRA and P-Tuning v2 adapters of the toy. Trap names (B2, B3, B6, B7) are those of the list of reported pains."""
 
 import json
 import shutil

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from entrypoints.checkpoint import gguf_writing
-from entrypoints.checkpoint.gguf import PROMPT_KEY, PROVENANCE_KEY, TOKENIZER_KEY, open_gguf
+from entrypoints.checkpoint import ggml, gguf_plan
+from entrypoints.checkpoint.gguf import PROMPT_KEY, PROVENANCE_KEY, TOKENIZER_KEY, TYPES, open_gguf
 from entrypoints.checkpoint.gguf_writing import write_gguf
-from entrypoints.checkpoint.layout import tensors
+from entrypoints.checkpoint.layout import Shape, tensors
 from entrypoints.checkpoint.native import open_native, write_json, write_prompt_format
 from entrypoints.errors import UserError
 from entrypoints.prompt import CONTROL_TOKENS, PromptFormat
@@ -88,7 +88,7 @@ def test_every_tensor_is_there_with_the_checkpoints_numbers(toy_gguf, toy_native
     weights = load_file(toy_native / "model.safetensors")
     entries = tensors(checkpoint.shape)
     assert len(found) == len(entries) == 4 * 7 + 3
-    names = [plan.name for plan in gguf_writing._plans(checkpoint.shape, "f16")]
+    names = [plan.name for plan in gguf_plan.plans(checkpoint.shape, "f16")]
     for name, entry in zip(names, entries, strict=True):
         expected = torch.cat([weights[part] for part in entry.native]).float().numpy()
         assert np.array_equal(found[name][0], expected), name
@@ -111,8 +111,44 @@ def test_quantised_numbers_are_near_the_checkpoints(type_, error, toy_native, to
 
 def test_rows_that_do_not_fill_blocks_stay_in_half_precision(toy_native):
     shape = replace(open_native(toy_native).shape, ffn=48)
-    kinds = {plan.name: plan.kind.name for plan in gguf_writing._plans(shape, "q4_0")}
+    kinds = {plan.name: plan.kind.name for plan in gguf_plan.plans(shape, "q4_0")}
     assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"]) == ("F16", "Q4_0")
+
+
+def test_k_quants_give_more_bits_where_llama_cpp_does():
+    """The 6B: rows of 13,696 numbers do not fill blocks of 256, so ffn_down takes kinds with blocks of 32."""
+    shape = Shape(28, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
+
+    def kinds(type_):
+        return {plan.name: plan.kind.name for plan in gguf_plan.plans(shape, type_)}
+
+    four, five = kinds("q4_k_m"), kinds("q5_k_m")
+    names = ("output", "token_embd", "blk.4.attn_qkv", "blk.4.attn_output", "blk.4.ffn_up", "blk.4.ffn_down")
+    assert [four[f"{name}.weight"] for name in names] == ["Q6_K", "Q4_K", "Q5_K", "Q4_K", "Q4_K", "Q5_0"]
+    assert [five[f"{name}.weight"] for name in names] == ["Q6_K", "Q5_K", "Q6_K", "Q5_K", "Q5_K", "Q5_1"]
+    better = [layer for layer in range(28) if four[f"blk.{layer}.ffn_down.weight"] == "Q8_0"]
+    assert better == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27]
+    sizes = {type_: sum(plan.size for plan in gguf_plan.plans(shape, type_)) / 1e9 for type_ in TYPES}
+    assert sizes["q4_0"] < 3.8 < sizes["q4_k_m"] < 4.2 < sizes["q5_k_m"] < 4.8 < sizes["q8_0"] < 6.7 < sizes["f16"]
+
+
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0])
+def test_llama_cpps_quantiser_and_numpys_write_the_same_bytes(kind):
+    values = np.random.default_rng(0).standard_normal((5, 256), np.float32)
+    assert ggml.quantiser_missing() is None
+    assert np.array_equal(ggml.quantize(values, kind), gguf.quantize(values, kind))
+
+
+def test_an_important_column_is_kept_nearer():
+    values = np.random.default_rng(0).standard_normal((64, 256), np.float32)
+    weights = np.where(np.arange(256) % 8 == 0, 100, 0.1).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q4_K
+
+    def error(importance):
+        found = gguf.dequantize(ggml.quantize(values, kind, importance), kind)
+        return np.square(found - values)[:, ::8].mean()
+
+    assert error(weights) < 0.5 * error(None)
 
 
 def test_long_window_variants_keep_their_rope_ratio(folder, tmp_path):
@@ -146,12 +182,12 @@ def test_the_file_says_where_it_comes_from(reader, toy_native):
 def test_an_interrupt_leaves_nothing_behind(toy_native, tmp_path, monkeypatch):
     calls = iter(range(100))
 
-    def quantize(data, kind):
+    def quantize(data, kind, importance):
         if next(calls) == 9:
             raise KeyboardInterrupt
         return data.astype(np.float16 if kind.name == "F16" else np.float32)
 
-    monkeypatch.setattr(gguf, "quantize", quantize)
+    monkeypatch.setattr(ggml, "quantize", quantize)
     with pytest.raises(KeyboardInterrupt):
         write_gguf(toy_native, tmp_path / "out.gguf", "f16")
     assert list(tmp_path.iterdir()) == []
@@ -179,7 +215,7 @@ def test_a_name_without_gguf_is_refused(toy_native, tmp_path):
 @pytest.mark.parametrize(
     ("name", "config", "words"),
     [
-        ("adapter_config.json", {"peft_type": "LORA"}, "LoRA adapter.*merge it"),
+        ("adapter_config.json", {"peft_type": "LORA"}, "LoRA adapter.*this with --adapter"),
         ("adapter_config.json", {"adapter_type": "ptuning-v2", "pre_seq_len": 8}, "no place for one"),
         ("config.json", {"model_type": "chatglm", "pre_seq_len": 8}, "P-Tuning v2 prefix"),
     ],

@@ -1,4 +1,4 @@
-"""A converted folder: how it is opened, and that it needs nothing but itself. Trap names are those of the list of reported pains."""
+"""A converted folder: how it is opened, and that it needs nothing but itself. Traps: see the reported pains."""
 
 import json
 import shutil

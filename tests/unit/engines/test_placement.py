@@ -1,4 +1,4 @@
-"""Where models go and in which precision. Trap names (C6, C7) are those of shared/knowledge/user-pains.md."""
+"""Where models go and in which precision. Trap names (C6, C7) are those of the list of reported pains."""
 
 import itertools
 
@@ -11,7 +11,7 @@ import transformers
 from entrypoints.checkpoint.layout import Shape
 from entrypoints.checkpoint.native import open_native
 from entrypoints.demo.model import SHAPE
-from entrypoints.engines import placement
+from entrypoints.engines import machine, placement
 from entrypoints.engines.placement import Placement, gpus_needed, place, spread, weight_bytes
 from entrypoints.engines.prefix import PrefixedGlm
 from entrypoints.errors import UserError
@@ -156,7 +156,7 @@ def test_a_processor_computes_in_bfloat16_only_where_it_has_it(native, expected,
 )
 def test_the_processors_flags_tell_whether_it_has_bfloat16(flags, expected, monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
-    monkeypatch.setattr(placement, "Path", lambda name: tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "PROCESSOR", tmp_path / "cpuinfo")
     assert placement.cpu_computes_bf16() is expected
 
 

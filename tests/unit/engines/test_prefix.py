@@ -1,4 +1,4 @@
-"""P-Tuning v2 prefixes, and adapters beside each other on one model. Trap names (B6, C5) are those of the list of reported pains."""
+"""P-Tuning v2 prefixes, and adapters beside each other on one model. Reported pains B6 and C5."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""One stream or one padded batch on the toy. Trap names (C2 to C6, D1, D7) are those of user-pains.md."""
+"""One stream or one padded batch on the toy. Trap names (C2 to C6, D1, D7) are those of the list of reported pains."""
 
 import copy
 import json

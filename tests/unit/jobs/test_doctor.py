@@ -1,9 +1,11 @@
 import importlib.metadata
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from entrypoints.checkpoint import ggml
 from entrypoints.jobs import doctor
 
 
@@ -15,7 +17,9 @@ def test_every_fact_of_the_machine_has_a_line(glm):
     done = glm("doctor")
     facts = lines_of(done.out)
     assert done.code == 0
-    assert {"python", *doctor.PACKAGES, "processor", "memory", "disk", "settings"} <= set(facts)
+    assert {"python", *doctor.PACKAGES, "processor", "memory", "disk", "/dev/shm", "llama.cpp", "settings"} <= set(
+        facts
+    )
     assert any(name.startswith("gpu") for name in facts)
     assert facts["torch"] == importlib.metadata.version("torch")
     assert re.fullmatch(r"\d+\.\d GB available", facts["memory"])
@@ -61,3 +65,29 @@ def test_a_model_that_does_not_fit_is_a_mistake_with_both_sizes(toy_native, monk
     done = glm("doctor", "--model", toy_native)
     assert done.code == 1
     assert re.search(r"glm: the model needs [\d.]+ GB of memory in .*, 0\.0 GB are available", done.err)
+
+
+def test_what_would_fit_which_machine_is_told(toy_native, glm):
+    facts = lines_of(glm("doctor", "--model", toy_native).out)
+    assert facts["8 GB memory"].startswith("q8_0 (0.5 GB), q5_k_m (0.5 GB)")
+    assert re.fullmatch(r"the folder in 16 bits, \d+ full windows", facts["6 GB GPU"])
+
+
+@pytest.mark.parametrize(
+    ("find", "words"),
+    [
+        (
+            lambda: None,
+            "this build of xllamacpp does not show ggml_quantize_chunk: only q4_0, q8_0 and f16 can be made",
+        ),
+        (ggml._function, "all types of glm quantize"),
+    ],
+)
+def test_it_tells_which_types_can_be_made(find, words, monkeypatch, glm):
+    monkeypatch.setattr(ggml, "_function", find)
+    assert lines_of(glm("doctor").out)["llama.cpp"] == words
+
+
+def test_little_shared_memory_is_told_with_its_remedy(monkeypatch, glm):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=64 << 20))
+    assert "--shm-size" in lines_of(glm("doctor").out)["/dev/shm"]

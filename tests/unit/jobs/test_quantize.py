@@ -1,20 +1,26 @@
-"""`glm quantize`, and `glm chat` with what it makes."""
+"""`glm quantize`, and `glm chat` with what it makes. Traps B7, I2 and I3 of the list of reported pains."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
 from entrypoints.__main__ import main
-from entrypoints.checkpoint.gguf import open_gguf
+from entrypoints.checkpoint import ggml
+from entrypoints.checkpoint.gguf import TYPES, open_gguf
+from entrypoints.engines import machine
 
 
-@pytest.mark.parametrize("type_", ["q4_0", "q8_0", "f16"])
+@pytest.mark.parametrize("type_", TYPES)
 def test_each_type_is_written_and_answers(type_, toy_native, tmp_path, capsys):
     file = tmp_path / "new" / "out.gguf"
     assert main(["quantize", str(toy_native), str(file), "--type", type_]) == 0
     out, err = capsys.readouterr()
     assert out == f"{file}\n"
-    assert f"{file.stat().st_size / 1e6:,.0f} MB" in err
+    told = rf"{file.stat().st_size / 1e6:,.0f} MB, mean KL 0\.\d+, \d+ of \d+ greedy tokens as the source"
+    assert re.fullmatch(told, err.splitlines()[-1])
     assert open_gguf(file).type == type_
     assert main(["chat", "--model", str(file), "--prompt", "你好", "--max-new-tokens", "8", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -38,3 +44,60 @@ def test_an_existing_file_ends_in_one_line(toy_native, toy_gguf, capsys):
 def test_an_original_checkpoint_is_sent_to_convert_first(toy_original, tmp_path, capsys):
     assert main(["quantize", str(toy_original), str(tmp_path / "out.gguf")]) == 1
     assert "convert it first: glm convert" in capsys.readouterr().err
+
+
+def test_a_quantised_file_is_not_quantised_again(toy_gguf, tmp_path, glm):
+    words = glm("quantize", toy_gguf, tmp_path / "out.gguf").mistake()
+    assert words == f"glm: {toy_gguf} is quantised already; name the converted checkpoint it was made from"
+
+
+def test_a_prefix_is_no_adapter_to_merge(toy_native, tmp_path, glm):
+    folder = tmp_path / "prefix"
+    folder.mkdir()
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"prefix": torch.zeros(8, 2, 3, 32)}, folder / "prefix.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"adapter_type": "ptuning-v2", "pre_seq_len": 3}))
+    words = glm("quantize", toy_native, tmp_path / "out.gguf", "--adapter", folder).mistake()
+    assert "is a P-Tuning v2 prefix: keys and values, no weights to merge" in words
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_rows_of_ones_own_say_what_matters(toy_native, rows_file, tmp_path, glm, sample_rows):
+    rows = rows_file(*sample_rows[:8])
+    done = glm("quantize", toy_native, tmp_path / "out.gguf", "--type", "q4_k_m", "--imatrix", rows)
+    assert (done.code, done.out) == (0, f"{tmp_path / 'out.gguf'}\n")
+    assert "weighing the columns by 8 rows of rows.jsonl" in done.err
+    words = glm("quantize", toy_native, tmp_path / "other.gguf", "--type", "f16", "--imatrix", rows).mistake()
+    assert "--imatrix changes nothing with --type f16" in words
+
+
+def test_without_llama_cpps_quantiser_the_plain_types_remain(toy_native, tmp_path, monkeypatch, glm):
+    monkeypatch.setattr(ggml, "_function", lambda: None)
+    words = glm("quantize", toy_native, tmp_path / "out.gguf", "--type", "q5_k_m").mistake()
+    assert "does not show ggml_quantize_chunk; use --type q4_0, q8_0 or f16" in words
+    assert glm("quantize", toy_native, tmp_path / "out.gguf", "--type", "q8_0").code == 0
+
+
+def test_a_processor_without_avx2_is_refused_before_llama_cpp_is_loaded(
+    toy_native, toy_gguf, tmp_path, monkeypatch, glm
+):
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu sse2 avx f16c\n")
+    monkeypatch.setattr(machine, "PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    for words in (["quantize", toy_native, tmp_path / "out.gguf"], ["chat", "--model", toy_gguf, "--prompt", "hi"]):
+        assert "this processor has no avx2, bmi2, fma, which llama.cpp's build needs" in glm(*words).mistake()
+
+
+def test_a_disk_that_fills_up_midway_leaves_nothing(toy_native, tmp_path):
+    """A limit on the size of files stands for the disk: the check before writing does not see it either."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
+        "from entrypoints.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", code, "quantize", toy_native, tmp_path / "out.gguf"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"glm: writing .*out\.gguf failed: .*; free space or check the disk", done.stderr)
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,8 @@
 import argparse
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -67,6 +69,26 @@ def test_a_wrong_column_is_told_with_the_columns_there_are(run):
     """F4."""
     told = run("--prompt_column", "prompt", "--response_column", "response").mistake()
     assert "no column 'prompt' and no column 'response' in good.jsonl; columns: content, summary" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--prompt-column", "ask"), "no column 'ask'"),
+        (("--train-file", "/no/such/file"), "there is no file"),
+        (("--model-name-or-path", "/no/such/folder"), "is no folder"),
+        (("--deepspeed", "zero4"), "is no file and no preset"),
+        (("--learning-rate", "0"), "is not above 0"),
+    ],
+)
+def test_a_mistake_is_told_before_torch_is_imported(words, told, toy_native, rows_file, tmp_path):
+    """That alone takes seconds."""
+    code = "import sys; from entrypoints.__main__ import main; code = main(sys.argv[1:]); print('torch' in sys.modules)"
+    common = ["--model-name-or-path", toy_native, "--train-file", rows_file(ROW), "--output-dir", tmp_path / "out"]
+    command = [sys.executable, "-c", code, "train", *map(str, common), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert told in done.stderr
+    assert done.stdout == "False\n"
 
 
 def test_rows_that_cannot_be_used_are_counted_and_told_with_their_reasons(run, rows_file, capsys):

@@ -9,6 +9,7 @@ import torch
 from entrypoints.answer import decode
 from entrypoints.dataset.reading import Example
 from entrypoints.prompt import IGNORED, PromptFormat
+from entrypoints.training import batches
 from entrypoints.training.batches import Collator, RowEncoder, encode_rows
 
 
@@ -93,13 +94,15 @@ def test_a_padded_batch_has_the_loss_of_its_rows_one_by_one(encoder, toy_engine,
             assert not together[number, len(alone) :].any()
 
 
-def test_rows_keep_their_order_with_any_number_of_workers(encoder):
+def test_rows_keep_their_order_with_any_number_of_workers(encoder, tmp_path, monkeypatch):
+    """In blocks of 16: what does not fit into the memory is encoded a block at a time."""
+    monkeypatch.setattr(batches, "BLOCK", 16)
     examples = [example("裙" * (1 + index % 7), f"第{index}行", index) for index in range(40)]
-    one, two = encode_rows(examples, encoder), encode_rows(examples, encoder, workers=2)
+    one, two = (encode_rows(examples, encoder, tmp_path / f"{count}", workers=count) for count in (1, 2))
     assert one["input_ids"][:] == two["input_ids"][:] == [
         encoder(row(each.prompt, each.response))["input_ids"] for each in examples
     ]  # fmt: skip
-    assert set(one.column_names) == {"input_ids", "labels", "length"}
+    assert set(one.column_names) == {"input_ids", "labels", "length", "source_cut", "target_cut"}
 
 
 def test_an_encoder_can_be_sent_to_a_worker(encoder):
@@ -108,12 +111,13 @@ def test_an_encoder_can_be_sent_to_a_worker(encoder):
     assert pickle.loads(pickle.dumps(encoder))(text) == encoder(text)
 
 
-def test_what_was_cut_is_counted_in_the_log(encoder, caplog):
+def test_what_was_cut_is_counted_in_the_log(encoder, caplog, tmp_path):
     caplog.set_level("INFO")
-    encode_rows([example("裙" * 200, "短"), example("短", "美" * 200), example("短", "短")], encoder)
+    examples = [example("裙" * 200, "短"), example("短", "美" * 200), example("短", "短")]
+    encode_rows(examples, encoder, tmp_path / "rows")
     assert "3 rows" in caplog.text
     assert "1 prompts and 1 answers cut to the limits" in caplog.text
 
 
-def test_more_workers_than_rows_do_no_harm(encoder):
-    assert len(encode_rows([example("裙", "好")], encoder, workers=8)) == 1
+def test_more_workers_than_rows_do_no_harm(encoder, tmp_path):
+    assert len(encode_rows([example("裙", "好")], encoder, tmp_path / "rows", workers=8)) == 1

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and the way back. Trap names (G4, G5, G7) are those of user-pains.md."""
+"""Checkpoints: whole or not there, and the way back. Trap names (G4, G5, G7) are those."""
 
 import json
 import shutil

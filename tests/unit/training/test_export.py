@@ -1,4 +1,4 @@
-"""From a checkpoint of a run to a plain folder; ZeRO shards are in tests/train. Traps A6 and G6 of user-pains.md."""
+"""From a checkpoint of a run to a plain folder; ZeRO shards are in tests/train. Traps A6 and G6."""
 
 import json
 import shutil
@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 from entrypoints.__main__ import main
+from entrypoints.checkpoint import adapters
 from entrypoints.checkpoint.conversion import convert_to_native
 from entrypoints.checkpoint.manifest import check_manifest, read_manifest
 from entrypoints.checkpoint.native import open_native
+from entrypoints.engines import loading
 from entrypoints.engines.transformers_engine import TransformersEngine
 from entrypoints.errors import UserError
 from entrypoints.prompt import PromptFormat
-from entrypoints.training import export as module
 from entrypoints.training.export import export
 
 
@@ -57,8 +58,8 @@ def test_a_merge_that_says_something_else_is_refused_and_leaves_nothing(lora, to
     """A wrong scale, as when alpha is taken for the factor."""
     copy = shutil.copytree(lora, tmp_path / "lora")
     with monkeypatch.context() as wrong:
-        read = module.read_json
-        wrong.setattr(module, "read_json", lambda file: read(file) | {"lora_alpha": 4000})
+        read = adapters.read_json
+        wrong.setattr(adapters, "read_json", lambda file: read(file) | {"lora_alpha": 4000})
         with pytest.raises(UserError, match="off those of base and LoRA"):
             export(copy, tmp_path / "merged", toy_native)
     assert not (tmp_path / "merged").exists()
@@ -88,9 +89,21 @@ def test_the_original_layout_comes_back_to_the_same_numbers(full, tmp_path, caps
     assert sorted(file.name for file in tmp_path.iterdir()) == ["again", "original"]
 
 
+def test_an_adapter_is_refused_on_a_base_with_other_weights(lora, full, toy_native, tmp_path):
+    """Of the same size, so nothing else would show it; a copy of its own base is its own base."""
+    told = r"was tuned on native, whose weights are not those of .*; use the base it was tuned on"
+    with pytest.raises(UserError, match=told):
+        export(lora, tmp_path / "out", full)
+    with pytest.raises(UserError, match=told):
+        TransformersEngine.load(full, lora, device="cpu")
+    with pytest.raises(UserError, match=told):
+        loading.check("transformers", full, {"mine": lora})
+    export(lora, tmp_path / "out", shutil.copytree(toy_native, tmp_path / "copy"))
+
+
 def test_a_prefix_cannot_be_merged_and_a_lora_needs_its_base(lora, tune, toy_native, tmp_path):
     prefix = tune(tmp_path / "prefix", method="ptuning", max_steps=1)
-    with pytest.raises(UserError, match="no weights to merge; serve it beside its base"):
+    with pytest.raises(UserError, match="no weights to merge; run it beside its converted base"):
         export(prefix, tmp_path / "out", toy_native)
     with pytest.raises(UserError, match="name the model it was tuned on: --base"):
         export(lora, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""How many processes, where, and who says so; whole runs are in tests/train. Trap G12 of user-pains.md."""
+"""How many processes, where, and who says so; whole runs are in tests/train. Trap G12 of the list of reported pains."""
 
 import json
 import socket

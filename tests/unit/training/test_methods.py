@@ -1,4 +1,4 @@
-"""What each method trains and saves. Trap names (G3, G4, G14) are those of user-pains.md."""
+"""What each method trains and saves. Trap names (G3, G4, G14) are those of the list of reported pains."""
 
 import json
 import math

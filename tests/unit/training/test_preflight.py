@@ -1,4 +1,4 @@
-"""The memory table against published figures and against what autograd really keeps. Trap G10 of user-pains.md."""
+"""The memory table against published figures and against what autograd really keeps. Trap G10."""
 
 import re
 import subprocess

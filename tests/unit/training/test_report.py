@@ -1,6 +1,7 @@
-"""report.md."""
+"""report.md and report.html."""
 
 import json
+from html.parser import HTMLParser
 
 from entrypoints.__main__ import main
 from entrypoints.training import report
@@ -31,6 +32,50 @@ def test_answers_stand_side_by_side_whatever_they_hold(toy_native, tmp_path):
     text = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert "| 甲\\|乙 | 旧<br>行 | 新 |" in text
     assert "| bleu_4 | 1.5 |" in text
+
+
+def test_the_page_is_one_file_that_asks_nothing_of_another_place(toy_native, tmp_path):
+    """The curve is drawn in it, and what rows and answers hold is text."""
+    history(tmp_path / "run", [3.0, 2.0, 1.0])
+    told = TrainArguments(toy_native, tmp_path / "rows", tmp_path / "run")
+    report.write(told, ["<script>alert(1)</script>"], ["<img src=http://a>"], ["&"], {"bleu_4": 1.5})
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    read = Page()
+    read.feed(page)
+    assert read.open == []
+    assert set(read.tags) >= {"html", "svg", "polyline", "table"}
+    assert not {"script", "img", "link", "iframe"} & set(read.tags)
+    assert not {"src", "href"} & read.attributes
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    heights = [float(point.split(",")[1]) for point in page.split('points="')[1].split('"')[0].split()]
+    assert heights == sorted(heights) and len(heights) == 3  # downwards, as the loss
+
+
+def test_a_run_without_a_logged_step_has_a_page_too(toy_native, tmp_path):
+    history(tmp_path / "run", [])
+    report.write(TrainArguments(toy_native, tmp_path / "rows", tmp_path / "run"))
+    assert "nothing was logged" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "<svg" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """Tags and attributes of a page; `open` are tags that were not closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes, self.open = [], set(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
 
 
 def test_a_run_with_scores_reports_answers_before_and_after(toy_native, sample_file, tmp_path, capsys):

@@ -1,8 +1,10 @@
-"""Rows that are encoded once, by content. Traps F7 and G8 of user-pains.md."""
+"""Rows that are encoded once, by content. Traps F7 and G8 of the list of reported pains."""
 
 import json
 import multiprocessing
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,3 +129,34 @@ def test_several_files_are_learnt_one_after_another(told, file, toy_tokenizer, t
     found = rows.encoded([file, tmp_path / "more.json"], told, encoder(toy_tokenizer))
     assert len(found) == 9
     assert found[8]["input_ids"] == rows.encoded([tmp_path / "more.json"], told, encoder(toy_tokenizer))[0]["input_ids"]
+
+
+READ = """
+import resource, sys
+from pathlib import Path
+from entrypoints.checkpoint.native import open_native
+from entrypoints.prompt import PromptFormat
+from entrypoints.training import rows
+from entrypoints.training.arguments import TrainArguments
+from entrypoints.training.batches import RowEncoder
+
+base, file, output = map(Path, sys.argv[1:])
+encoder = RowEncoder(open_native(base).tokenizer, PromptFormat(), 64, 64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = rows.encoded([file], TrainArguments(base, file, output), encoder)
+print(len(found), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
+"""
+
+
+def test_a_file_larger_than_the_memory_needs_a_small_part_of_it(toy_native, tmp_path):
+    """400 MB in 400 rows; read whole they took 800 MB and more, piece by piece some 20."""
+    file = tmp_path / "rows.jsonl"
+    with file.open("w") as stream:
+        for number in range(400):
+            stream.write(json.dumps({"content": f"裙{number}", "summary": "好看。", "notes": "x" * 1_000_000}) + "\n")
+    words = [sys.executable, "-c", READ, str(toy_native), str(file), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    file.unlink()
+    count, more = map(int, done.stdout.split())
+    assert count == 400
+    assert more < 100 << 20, done.stderr

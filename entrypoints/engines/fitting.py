@@ -1,0 +1,55 @@
+"""What to choose for a machine: the best of what fits, computed from the model's own numbers."""
+
+from dataclasses import dataclass
+
+from entrypoints.checkpoint.gguf_plan import plans
+from entrypoints.checkpoint.layout import Shape
+from entrypoints.engines.placement import HEADROOM, weight_bytes
+
+GB = 10**9
+HOST_SIZES = (8, 16, 32, 64)  # GB of memory
+GPU_SIZES = (6, 8, 16, 24, 80)
+SYSTEM = 2 * GB  # of the host's memory, for all that runs beside
+CONTEXT = 1 * GB  # of a GPU's, for CUDA itself
+WORK = GB // 2  # what llama.cpp computes in; 0.4 GB were seen with the 6B
+FILES = ("q8_0", "q5_k_m", "q4_k_m", "q4_0")  # the nearest to the source first; f16 is slower and hardly nearer
+DTYPES = (("float32", 4), ("bfloat16", 2))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One size of memory, and what fits into it, the best first."""
+
+    gigabytes: int
+    fits: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(self.fits) or "nothing of this model"
+
+
+def file_memory(shape: Shape, type_: str) -> int:
+    """Bytes that llama.cpp takes for a file of this type and one answer of the whole window."""
+    cache = shape.window * shape.layers * sum(shape.qkv_rows[1:]) * 2
+    return sum(plan.size for plan in plans(shape, type_)) + cache + WORK
+
+
+def host_choices(shape: Shape) -> list[Choice]:
+    """For a machine without a GPU, by its memory: GGUF types, and the folder in transformers."""
+    needs = {type_: file_memory(shape, type_) for type_ in FILES}
+    needs |= {f"the folder in {name}": int(weight_bytes(shape, size) * HEADROOM) for name, size in DTYPES}
+    return [Choice(size, _fitting(needs, size * GB - SYSTEM)) for size in HOST_SIZES]
+
+
+def gpu_choices(shape: Shape) -> list[Choice]:
+    """For one GPU, by its memory: the folder in 16 bits, beside it the whole window of as many answers as fit."""
+    weights = int(weight_bytes(shape, 2) * HEADROOM)
+    cache = shape.window * shape.layers * sum(shape.qkv_rows[1:]) * 2
+    found = []
+    for size in GPU_SIZES:
+        windows = (size * GB - CONTEXT - weights) // cache
+        found.append(Choice(size, (f"the folder in 16 bits, {windows} full windows",) if windows > 0 else ()))
+    return found
+
+
+def _fitting(needs: dict[str, int], room: int) -> tuple[str, ...]:
+    return tuple(f"{name} ({needed / GB:.1f} GB)" for name, needed in needs.items() if needed <= room)

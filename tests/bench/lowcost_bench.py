@@ -1,0 +1,211 @@
+"""What the 6B costs without a GPU: quantising, memory, start, and tokens per second against llama.cpp and transformers.
+
+A random checkpoint of ChatGLM3-6B's full shape (28 layers, 12.5 GB of float16) is written to a temporary folder,
+quantised with `glm quantize` in a process of its own, and served. Everything is deleted at the end.
+
+    quantize     seconds from start to exit, the check against the source included; memory of its own (RssAnon) at
+                 most: pages of mapped files beside it belong to the system's cache, and it takes them back
+    decode       tokens per second of llama.cpp called directly and of `glm serve` over HTTP, in turn; the bytes of
+                 weights that these read, as a share of this machine's measured read bandwidth
+    transformers 8 and 4 layers of the same shape in float32 and bfloat16, from which 28 are extrapolated
+
+    python tests/bench/lowcost_bench.py                 needs 17 GB of disk, 12 GB of memory, 10 minutes
+    python tests/bench/lowcost_bench.py --layers 4 --type q4_k_m
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import serve_bench
+from serving_process import GLM, serving
+
+SHARD_LAYERS = 4
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).resolve().parents[3] / "shared" / "golden"))
+POLL_SECONDS = 0.05
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write, quantise, serve, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=28, help="28 as the 6B")
+    parser.add_argument("--type", default="q4_0", help="as glm quantize")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32, help="of each answer")
+    parser.add_argument("--skip-transformers", action="store_true", help="measure llama.cpp alone")
+    parser.add_argument("--work-dir", type=Path, help="folder on a disk with room (default: the temporary one)")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="lowcost-bench-") as name:
+        folder = Path(name)
+        start = time.monotonic()
+        _in_a_process(folder / "native", args.layers)
+        print(f"{args.layers} layers written in {time.monotonic() - start:.0f} s", flush=True)
+        file = folder / "model.gguf"
+        _quantize(folder / "native", file, args.type)
+        bandwidth = _bandwidth()
+        size = file.stat().st_size
+        print(f"{args.type} {size / 1e9:.2f} GB; memory read at {bandwidth / 1e9:.1f} GB/s by {os.cpu_count()} threads")
+        _start(file, folder)
+        _decode(file, folder, args, bandwidth)
+    for dtype in () if args.skip_transformers else ("float32", "bfloat16"):
+        _transformers(dtype, args.layers)
+    return 0
+
+
+def _in_a_process(folder: Path, layers: int) -> None:
+    code = f"import lowcost_bench as b; from pathlib import Path; b._write(Path({str(folder)!r}), {layers})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parent)
+
+
+def _write(folder: Path, layers: int) -> None:
+    """A converted folder: random matrices, norms at one, biases at zero; the golden vocabulary, else the toy's."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    from entrypoints.checkpoint.conversion import convert_to_native
+    from entrypoints.checkpoint.layout import Shape, tensors
+    from entrypoints.checkpoint.native import copy_vocabulary, write_settings
+    from entrypoints.checkpoint.tokenizer import load_tokenizer
+    from entrypoints.demo import model
+    from entrypoints.prompt import PromptFormat
+
+    original = GOLDEN / "original-tiny"
+    if not original.is_dir():
+        original = folder.parent / "toy"
+        words = Path(model.__file__).with_name("ad_copy.jsonl").read_text(encoding="utf-8").splitlines()
+        model.write_toy(original, words)
+    convert_to_native(original, folder.parent / "tiny", PromptFormat())
+    folder.mkdir()
+    copy_vocabulary(folder.parent / "tiny", folder)
+    shape = Shape(layers, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
+    write_settings(folder, shape, "float16", load_tokenizer(folder), PromptFormat())
+    noise = (torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)) * 0.02).half()
+
+    def tensor(name: str, size: tuple[int, ...]) -> torch.Tensor:
+        if len(size) == 1:
+            return torch.zeros(size).half() if name.endswith("bias") else torch.ones(size).half()
+        count, first = torch.Size(size).numel(), zlib.crc32(name.encode()) % 100_003
+        return noise[first:].repeat(-(-count // (len(noise) - first)))[:count].reshape(size).contiguous()
+
+    sizes = [item for entry in tensors(shape) for item in entry.native_shapes().items()]
+    step, weight_map = -(-len(sizes) // (layers // SHARD_LAYERS + 1)), {}
+    for number in range(0, len(sizes), step):
+        file = f"model-{number // step:05}.safetensors"
+        part = {name: tensor(name, size) for name, size in sizes[number : number + step]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _quantize(folder: Path, file: Path, type_: str) -> None:
+    start = time.monotonic()
+    process = subprocess.Popen([*GLM, "quantize", str(folder), str(file), "--type", type_])
+    most = 0
+    while process.poll() is None:
+        most = max(most, _own_memory(process.pid))
+        time.sleep(POLL_SECONDS)
+    assert process.returncode == 0
+    print(f"quantize  {time.monotonic() - start:.1f} s, own memory at most {most / (1 << 30):.2f} GiB", flush=True)
+
+
+def _own_memory(pid: int, field: str = "RssAnon") -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # it ended
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(field)), 0)
+
+
+def _bandwidth() -> float:
+    """Bytes per second that all processors read together from far more memory than their caches hold."""
+    import numpy as np
+
+    parts = np.array_split(np.ones(1 << 29, np.float32), os.cpu_count())
+
+    def once() -> float:
+        threads = [threading.Thread(target=part.max) for part in parts]
+        start = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return (4 << 29) / (time.monotonic() - start)
+
+    return max(once() for _ in range(5))
+
+
+def _start(file: Path, folder: Path) -> None:
+    command = [*GLM, "serve", "--model", str(file), "--slots", "1", "--served-model-name", "bench"]
+    start = time.monotonic()
+    with serving(command, folder / "start.log", None) as server:
+        server.wait_ready(600)
+        ready = time.monotonic() - start
+        body = (
+            b'{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0, "stream": true,'
+        )
+        serve_bench._stream(server.port, body + b'"stream_options": {"include_usage": true}}')
+        memory = [_own_memory(server.process.pid, field) / 1e9 for field in ("VmRSS", "RssAnon")]
+        told = f"resident {memory[0]:.2f} GB, own {memory[1]:.2f} GB"
+        print(f"serve     ready in {ready:.1f} s (file in the page cache); {told}", flush=True)
+
+
+def _decode(file: Path, folder: Path, args: argparse.Namespace, bandwidth: float) -> None:
+    serve_bench.SLOTS = max(serve_bench.STREAMS)
+    serve_bench._measure(
+        "llamacpp", file, folder, SimpleNamespace(rounds=args.rounds, tokens=args.tokens, one_core=False)
+    )
+    limit = bandwidth / file.stat().st_size
+    print(f"the bandwidth allows one stream {limit:.2f} tokens/s", flush=True)
+
+
+def _transformers(dtype: str, layers: int) -> None:
+    """Seconds of a token at 4 and at 8 layers give those of a layer, and so those of all."""
+    import torch
+    from transformers import DynamicCache, GlmConfig, GlmForCausalLM
+
+    from entrypoints.checkpoint.layout import Shape
+
+    seconds = {}
+    for count in (4, 8):
+        shape = Shape(count, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
+        config = GlmConfig(**shape.native_config(dtype, (2,), 0))
+        with torch.device("meta"):
+            model = GlmForCausalLM(config).to(getattr(torch, dtype))
+        model = model.to_empty(device="cpu").eval()
+        for parameter in model.parameters():
+            parameter.data.fill_(0.01)
+        rotary = type(model.model.rotary_emb)(config)
+        model.model.rotary_emb = rotary
+        ids, times = torch.arange(100, 116)[None], []
+        with torch.inference_mode():
+            cache = DynamicCache(config=config)
+            model(ids, cache=cache, use_cache=True)
+            for _ in range(8):
+                start = time.monotonic()
+                model(ids[:, -1:], cache=cache, use_cache=True)
+                times.append(time.monotonic() - start)
+        seconds[count] = statistics.median(times[1:])
+        if count == 8:
+            gigabytes = sum(p.nbytes for p in model.parameters()) / 1e9
+        del model, cache
+    layer = (seconds[8] - seconds[4]) / 4
+    rate = 1 / (seconds[8] + (layers - 8) * layer)
+    told = f"8 layers {1 / seconds[8]:.2f} tokens/s in {gigabytes:.1f} GB"
+    print(f"transformers {dtype}: {told}; {layers} layers {rate:.2f} tokens/s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

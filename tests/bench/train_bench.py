@@ -1,0 +1,204 @@
+"""Rows a second and peak memory of four ways to train on the same rows with the same model and optimizer.
+
+tutorial   rows in random order, each padded to max_source_length + max_target_length + 1 = 1025 ids (ChatGLM2's
+           ptuning/main.py), so that every row costs the same and a few of them tell the speed
+plain      rows in random order, padded to the longest of a batch, as a plain Trainer script does
+ours       glm train: rows of like length together, the vocabulary scored only in front of labels
+packing    glm train --packing: whole rows behind each other in 1025 ids; a step has as many ids as the packs hold
+
+Each round of each way is a process of its own: random weights of one seed, one step to warm up, then its rows through
+forward, backward and AdamW in float32. One thread, and seconds of the processor: what else a machine does changes them
+little. Told are medians, and the largest difference of any two ways' mean loss of a label before the first step.
+
+    python tests/bench/train_bench.py                                 a small model with ChatGLM3's vocabulary
+    python tests/bench/train_bench.py --vocabulary 2560 --hidden 512  with nearly the share of it that the 6B has
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from transformers import GlmConfig, GlmForCausalLM  # noqa: E402
+
+from entrypoints.checkpoint.layout import Shape  # noqa: E402
+from entrypoints.checkpoint.tokenizer import Tokenizer, convert_vocabulary  # noqa: E402
+from entrypoints.dataset.reading import Columns, examples, read_rows  # noqa: E402
+from entrypoints.demo.model import write_toy  # noqa: E402
+from entrypoints.prompt import IGNORED, PromptFormat  # noqa: E402
+from entrypoints.training.batches import Collator, GroupedByLength, RowEncoder  # noqa: E402
+from entrypoints.training.labelled import LabelledGlm  # noqa: E402
+from entrypoints.training.packing import packed  # noqa: E402
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", REPOSITORY.parent / "shared" / "golden"))
+SAMPLE = REPOSITORY / "entrypoints" / "demo" / "ad_copy.jsonl"
+SOURCE, TARGET = 512, 512  # tokens, the defaults of glm train
+PADDED = SOURCE + TARGET + 1
+SEED = 42
+COMPARED = 8  # rows whose loss is compared
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process needs to know."""
+
+    way: str
+    rows: list[dict]
+    batch_size: int
+    shape: Shape
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Encode once, run the rounds, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=120, help="rows of a round (default: 120)")
+    parser.add_argument("--tutorial-rows", type=int, default=8, help="rows of the tutorial's rounds (default: 8)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each way (default: 3)")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a step (default: 4, as the tutorial's)")
+    parser.add_argument("--layers", type=int, default=4, help="default: 4")
+    parser.add_argument("--hidden", type=int, default=256, help="width; the rest has the 6B's proportions")
+    parser.add_argument("--vocabulary", type=int, help="rows of the embedding (default: as many as the real one)")
+    args = parser.parse_args(argv)
+    file = GOLDEN / "adgen_dev.json"
+    file = file if file.is_file() else SAMPLE
+    tokenizer = _tokenizer()
+    size = args.vocabulary or -(-tokenizer.size // 256) * 256  # 65,024 of the original
+    rows = _encoded(file, tokenizer, args.rows, size)
+    shape = Shape(args.layers, args.hidden, 8, 2, args.hidden // 8, args.hidden * 107 // 32, size, 2048, 1e-5, 1)
+    lengths = [row["length"] for row in rows]
+    print(
+        f"{len(rows)} rows of {file.name}, {statistics.mean(lengths):.1f} ids on average, {max(lengths)} at most; "
+        f"{args.layers} layers of {args.hidden}, vocabulary {size:,}, batches of {args.batch_size}"
+    )
+    shares = {"tutorial": rows[: args.tutorial_rows], "plain": rows, "ours": rows, "packing": rows}
+    found = {way: [] for way in shares}
+    for _ in range(args.rounds):
+        for way, part in shares.items():
+            found[way].append(_in_a_process(Task(way, part, args.batch_size, shape)))
+    _report(found)
+    return 0
+
+
+def _in_a_process(task: Task) -> dict:
+    """Its peak memory is then its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_round, task).result()
+
+
+def _round(task: Task) -> dict:
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    kind = LabelledGlm if task.way in ("ours", "packing") else GlmForCausalLM
+    model = kind(GlmConfig(**task.shape.native_config("float32", (0,), 0)))
+    loss = _mean_loss(model, list(_batches(task.way, task.rows[:COMPARED], task.batch_size)))
+    batches = list(_batches(task.way, task.rows, task.batch_size))
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)  # the default of the Trainer
+    _steps(model, optimizer, batches[:1])
+    begin = time.process_time()
+    _steps(model, optimizer, batches)
+    return {
+        "seconds": time.process_time() - begin,
+        "rows": len(task.rows),
+        "ids": sum(batch["input_ids"].numel() for batch in batches),
+        "labels": sum((batch["labels"] != IGNORED).sum().item() for batch in batches),
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "loss": loss,
+    }
+
+
+def _steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[dict]) -> None:
+    for batch in batches:
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.inference_mode()
+def _mean_loss(model: torch.nn.Module, batches: list[dict]) -> float:
+    model.eval()
+    labels = sum((batch["labels"] != IGNORED).sum() for batch in batches)
+    return sum(model(**batch, use_cache=False, num_items_in_batch=labels).loss.item() for batch in batches)
+
+
+def _batches(way: str, rows: list[dict], size: int) -> Iterator[dict]:
+    collate = Collator(0)
+    if way == "packing":
+        packs = packed(datasets.Dataset.from_list(rows), PADDED)
+        for pack in packs:
+            yield collate([pack])
+        return
+    if way == "ours":
+        order = list(GroupedByLength([row["length"] for row in rows], size, SEED))
+    else:
+        order = random.Random(SEED).sample(range(len(rows)), len(rows))
+    for start in range(0, len(rows), size):
+        batch = [rows[number] for number in order[start : start + size]]
+        yield _padded(batch) if way == "tutorial" else collate(batch)
+
+
+def _padded(batch: list[dict]) -> dict:
+    """As main.py prepares rows: no attention mask."""
+
+    def full(name: str, filler: int) -> torch.Tensor:
+        return torch.tensor([row[name] + [filler] * (PADDED - row["length"]) for row in batch])
+
+    return {"input_ids": full("input_ids", 0), "labels": full("labels", IGNORED)}
+
+
+def _report(found: dict[str, list[dict]]) -> None:
+    print(f"{'':10} {'ids a row':>10} {'rows/s':>8} {'labels/s':>9} {'peak GB':>8} {'times':>6}  rows/s of the rounds")
+    speeds = {way: [one["rows"] / one["seconds"] for one in rounds] for way, rounds in found.items()}
+    slowest = statistics.median(speeds["tutorial"])
+    for way, rounds in found.items():
+        one, speed = rounds[0], statistics.median(speeds[way])
+        memory = max(each["memory"] for each in rounds) / 1e9
+        each = ", ".join(f"{value:.2f}" for value in speeds[way])
+        print(
+            f"{way:10} {one['ids'] / one['rows']:10.1f} {speed:8.2f} {speed * one['labels'] / one['rows']:9.0f} "
+            f"{memory:8.2f} {speed / slowest:6.1f}  {each}"
+        )
+    losses = [rounds[0]["loss"] for rounds in found.values()]
+    print(f"mean loss of a label: {losses[0]:.4f}, at most {max(losses) - min(losses):.1e} apart between the ways")
+
+
+def _encoded(file: Path, tokenizer: Tokenizer, count: int, vocabulary: int) -> list[dict]:
+    encoder = RowEncoder(tokenizer, PromptFormat(), SOURCE, TARGET)
+    used, _ = examples(read_rows(file)[:count], Columns())
+    rows = [encoder({"prompt": row.prompt, "response": row.response, "history": row.history}) for row in used]
+    return [
+        {
+            "input_ids": [id_ % vocabulary for id_ in row["input_ids"]],
+            "labels": [label if label == IGNORED else label % vocabulary for label in row["labels"]],
+            "length": row["length"],
+        }
+        for row in rows
+    ]
+
+
+def _tokenizer() -> Tokenizer:
+    """ChatGLM3's, or the toy's where that is absent."""
+    vocabulary = GOLDEN / "original-tiny" / "tokenizer.model"
+    if vocabulary.is_file():
+        return Tokenizer(convert_vocabulary(vocabulary))
+    with tempfile.TemporaryDirectory() as folder:
+        write_toy(Path(folder), SAMPLE.read_text(encoding="utf-8").splitlines())
+        return Tokenizer(convert_vocabulary(Path(folder, "tokenizer.model")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

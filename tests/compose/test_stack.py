@@ -1,0 +1,107 @@
+"""The default stack as a newcomer starts it: API, both pages, a key, and an end that leaves nothing."""
+
+import json
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+
+import httpx
+import openai
+import pytest
+from chat_drivers import DRIVERS
+
+from compose import Project
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def stack(make_project: Callable[..., Project]) -> Iterator[Project]:
+    """`docker compose up --wait` with the demo model, and a key for the API and a password for the pages."""
+    project = make_project()
+    project.compose("up", "--detach", "--wait", "--no-build", seconds=800)
+    yield project
+    project.remove()
+
+
+def address(project: Project, port: str) -> str:
+    return f"http://127.0.0.1:{project.environment[port]}"
+
+
+def test_the_official_client_gets_the_demos_answer(stack):
+    with openai.OpenAI(base_url=f"{address(stack, 'API_PORT')}/v1", api_key="none") as client:
+        assert [model.id for model in client.models.list()] == ["demo-q4_0"]
+        messages = [{"role": "user", "content": "你好"}]
+        answer = client.chat.completions.create(model="demo-q4_0", messages=messages, temperature=0)
+        said = answer.choices[0].message.content
+        assert "演示用的小模型" in said
+        pieces = client.chat.completions.create(model="demo-q4_0", messages=messages, temperature=0, stream=True)
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == said
+
+
+@pytest.mark.parametrize(("ui", "port"), [("gradio", "WEB_PORT"), ("streamlit", "WEB_STREAMLIT_PORT")])
+def test_a_visitor_of_a_page_gets_an_answer(stack, new_page, ui, port):
+    chat = DRIVERS[ui](new_page(), address(stack, port)).open()
+    assert "小模型" in chat.ask("你是谁")
+
+
+def test_the_first_job_ended_well_and_a_second_one_only_checks(stack):
+    assert stack.exit_code("model-init") == 0
+    again = stack.compose("run", "--rm", "model-init")
+    assert again.stdout.split() == ["/models/demo", "/models/demo-q4_0.gguf"]
+    assert "as the manifest says" in again.stderr
+    assert "training" not in again.stderr
+
+
+def test_the_metrics_are_those_that_prometheus_asks_for(stack):
+    text = httpx.get(f"{address(stack, 'API_PORT')}/metrics").text
+    assert re.search(r'glm_requests_total\{path="/v1/chat/completions",status="200"\} [1-9]', text)
+
+
+def test_the_containers_write_nowhere_but_where_they_may(stack):
+    for service in ("api", "web"):
+        for folder in ("/", "/app", "/models", "/venv"):
+            done = stack.compose("exec", service, "touch", f"{folder}/x", check=False)
+            assert done.returncode != 0, (service, folder)
+        assert stack.compose("exec", service, "id", "-u").stdout.strip() == "10001"
+
+
+def test_a_key_out_of_a_file_is_asked_of_callers_and_known_to_the_pages(stack, tmp_path):
+    (tmp_path / "key").write_text("glm-opensesame\n", encoding="utf-8")
+    (tmp_path / "key").chmod(0o644)
+    locked = Project(stack.name, stack.profiles, **{**stack.environment, "API_KEY_FILE": tmp_path / "key"})
+    locked.compose("up", "--detach", "--wait", "--no-build", "api", "web-streamlit")
+    models = f"{address(stack, 'API_PORT')}/v1/models"
+    assert httpx.get(models).status_code == 401
+    assert httpx.get(models, headers={"Authorization": "Bearer glm-opensesame"}).status_code == 200
+    script = "from entrypoints.settings import Settings; import os; print(bool(Settings.from_env(os.environ).api_key))"
+    assert locked.compose("exec", "web-streamlit", "python", "-c", script).stdout.strip() == "True"
+    for service in ("api", "web-streamlit"):
+        inspected = locked.compose("ps", "--quiet", service).stdout.strip()
+        shown = subprocess.run(["docker", "inspect", inspected], capture_output=True, text=True, check=True).stdout
+        assert "opensesame" not in shown
+
+
+def test_a_port_that_is_taken_is_named(stack):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        other = Project(f"{stack.name}-taken", stack.profiles, **{**stack.environment, "API_PORT": port})
+        try:
+            done = other.compose("up", "--detach", "--no-build", "--no-deps", "api", check=False)
+        finally:
+            other.remove()
+    assert done.returncode != 0
+    assert re.search(rf"{port}.*(already in use|already allocated)", done.stderr)
+
+
+def test_down_leaves_no_container_and_no_network(stack):
+    stack.compose("down")
+    listed = stack.compose("--profile", "*", "ps", "--all", "--format", "json").stdout
+    assert [json.loads(line) for line in listed.splitlines()] == []
+    label = f"label=com.docker.compose.project={stack.name}"
+    for kind in ("container", "network"):
+        command = ["docker", kind, "ls", *(["--all"] if kind == "container" else []), "--quiet", "--filter", label]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""

@@ -1,0 +1,30 @@
+"""What `glm doctor` advises for ChatGLM3-6B."""
+
+import pytest
+
+from entrypoints.checkpoint.layout import Shape
+from entrypoints.engines.fitting import GPU_SIZES, HOST_SIZES, file_memory, gpu_choices, host_choices
+
+CHATGLM3_6B = Shape(28, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)  # config.json of chatglm3-6b
+
+
+def test_each_size_of_host_memory_is_told_what_fits_the_nearest_first():
+    names = {choice.gigabytes: [fit.rpartition(" (")[0] for fit in choice.fits] for choice in host_choices(CHATGLM3_6B)}
+    files = ["q8_0", "q5_k_m", "q4_k_m", "q4_0"]
+    assert tuple(names) == HOST_SIZES
+    assert names[8] == files[1:]
+    assert names[16] == [*files, "the folder in bfloat16"]
+    assert names[32] == names[64] == [*files, "the folder in float32", "the folder in bfloat16"]
+
+
+def test_a_gpu_is_for_the_whole_model_in_sixteen_bits():
+    choices = {choice.gigabytes: str(choice) for choice in gpu_choices(CHATGLM3_6B)}
+    assert tuple(choices) == GPU_SIZES
+    assert choices[6] == choices[8] == "nothing of this model"
+    assert choices[16] == "the folder in 16 bits, 5 full windows"
+    assert choices[80].endswith("277 full windows")
+
+
+@pytest.mark.parametrize(("type_", "gigabytes"), [("q4_0", 4.5), ("q8_0", 7.4)])
+def test_the_memory_of_a_file_counts_its_window(type_, gigabytes):
+    assert file_memory(CHATGLM3_6B, type_) / 1e9 == pytest.approx(gigabytes, abs=0.1)
