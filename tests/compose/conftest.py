@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import browsing
-import docker
 import pytest
-from containers import image_of, missing
+from containers import connected, image_of
 
 from compose import Project, ports
 
@@ -17,11 +16,7 @@ browser, new_page = browsing.browser, browsing.new_page  # fixtures
 @pytest.fixture(scope="session")
 def images() -> None:
     """The engine, and the images that the tests start."""
-    try:
-        engine = docker.from_env(timeout=60)
-        engine.ping()
-    except docker.errors.DockerException as error:
-        missing("engine", f"no Docker engine answers ({error}); .ci/docker-engine starts one on Debian")
+    engine = connected(60)
     for name in ("infer-cpu", "infer-quantized", "train-cuda"):
         image_of(engine, name)
     engine.close()

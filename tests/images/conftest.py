@@ -6,7 +6,7 @@ from pathlib import Path
 
 import docker
 import pytest
-from containers import IMAGES, image_of, missing
+from containers import IMAGES, connected, image_of
 from docker.models.containers import Container
 from docker.models.images import Image
 
@@ -18,11 +18,7 @@ from entrypoints.prompt import PromptFormat
 @pytest.fixture(scope="session")
 def engine() -> Iterator[docker.DockerClient]:
     """A client of the Docker engine."""
-    try:
-        client = docker.from_env(timeout=300)
-        client.ping()
-    except docker.errors.DockerException as error:
-        missing("engine", f"no Docker engine answers ({error}); .ci/docker-engine starts one on Debian")
+    client = connected(300)
     yield client
     client.close()
 

@@ -29,7 +29,10 @@ class Project:
     """One Compose project; `environment` is what a user would write into .env."""
 
     def __init__(self, name: str, profiles: tuple[str, ...] = (), **environment: object) -> None:
-        if not shutil.which("docker"):
+        if (
+            not shutil.which("docker")
+            or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
+        ):
             missing("engine", "no docker client with its compose plugin")
         self.name = name
         self.profiles = profiles

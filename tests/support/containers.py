@@ -5,6 +5,8 @@ REQUIRE_IMAGES="infer-cpu ..." turns those skips into failures: CI must not pass
 
 import os
 import re
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,14 @@ def missing(name: str, reason: str) -> None:
     if name in REQUIRED or (name == "engine" and REQUIRED):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def connected(timeout: int) -> docker.DockerClient:
+    """A client of the Docker engine; seconds."""
+    # asked by the command: the client leaves its socket open where nothing listens
+    if not shutil.which("docker") or subprocess.run(["docker", "version"], capture_output=True).returncode:
+        missing("engine", "no Docker engine answers; .ci/docker-engine starts one on Debian")
+    return docker.from_env(timeout=timeout)
 
 
 def image_of(engine: docker.DockerClient, name: str) -> Image:
