@@ -77,6 +77,7 @@ def load_chat(
     device: str = "auto",
     dtype: str = "auto",
     verify: bool = False,
+    load_in: str | None = None,
 ) -> Chat:
     """Load a converted checkpoint (and adapter), or a GGUF file, to talk to.
 
@@ -85,7 +86,7 @@ def load_chat(
     """
     path = Path(model)
     if engine_for(path) == "llamacpp":
-        check("llamacpp", path, {"adapter": Path(adapter)} if adapter else {})
+        check("llamacpp", path, {"adapter": Path(adapter)} if adapter else {}, load_in)
         if dtype != "auto" or verify:
             raise UserError(f"{path} has the precision it was written in and no manifest", "leave out dtype and verify")
         from entrypoints.engines.llamacpp_engine import LlamaCppEngine
@@ -94,9 +95,11 @@ def load_chat(
     from entrypoints.checkpoint.native import open_native
 
     open_native(path)  # what is wrong with the folder shows before transformers, imported in seconds, does
+    if load_in:
+        check("transformers", path, {"adapter": Path(adapter)} if adapter else {}, load_in, device)
     from entrypoints.engines.transformers_engine import TransformersEngine
 
-    return Chat(TransformersEngine.load(path, Path(adapter) if adapter else None, device, dtype, verify))
+    return Chat(TransformersEngine.load(path, Path(adapter) if adapter else None, device, dtype, verify, load_in))
 
 
 def answered(turns: Sequence[Message], reply: Reply) -> list[Message]:

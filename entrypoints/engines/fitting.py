@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from entrypoints.checkpoint.gguf_plan import plans
 from entrypoints.checkpoint.layout import Shape
-from entrypoints.engines.placement import HEADROOM, weight_bytes
+from entrypoints.engines.placement import HEADROOM, LOADS, loaded_bytes, weight_bytes
 
 GB = 10**9
 HOST_SIZES = (8, 16, 32, 64)  # GB of memory
 GPU_SIZES = (6, 8, 16, 24, 80)
 SYSTEM = 2 * GB  # of the host's memory, for all that runs beside
 CONTEXT = 1 * GB  # of a GPU's, for CUDA itself
-WORK = GB // 2  # what llama.cpp computes in; 0.4 GB were seen with the 6B
+WORK = GB // 2  # what llama.cpp computes in, with room: cache and this took 0.4 GB together with the 6B
 FILES = ("q8_0", "q5_k_m", "q4_k_m", "q4_0")  # the nearest to the source first; f16 is slower and hardly nearer
 DTYPES = (("float32", 4), ("bfloat16", 2))
 
@@ -41,13 +41,14 @@ def host_choices(shape: Shape) -> list[Choice]:
 
 
 def gpu_choices(shape: Shape) -> list[Choice]:
-    """For one GPU, by its memory: the folder in 16 bits, beside it the whole window of as many answers as fit."""
-    weights = int(weight_bytes(shape, 2) * HEADROOM)
+    """For one GPU, by its memory: in how many bits the folder fits, and beside it how many answers of a full window."""
     cache = shape.window * shape.layers * sum(shape.qkv_rows[1:]) * 2
+    ways = {"16 bits": weight_bytes(shape, 2)}
+    ways |= {f"--load-in {load_in}": loaded_bytes(shape, load_in, 2) for load_in in LOADS}
     found = []
     for size in GPU_SIZES:
-        windows = (size * GB - CONTEXT - weights) // cache
-        found.append(Choice(size, (f"the folder in 16 bits, {windows} full windows",) if windows > 0 else ()))
+        windows = {way: (size * GB - CONTEXT - int(stored * HEADROOM)) // cache for way, stored in ways.items()}
+        found.append(Choice(size, tuple(f"{way} ({count} windows)" for way, count in windows.items() if count > 0)))
     return found
 
 

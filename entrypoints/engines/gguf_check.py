@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 QUESTIONS = ("你好", "你是谁", "类型#裙*颜色#蓝色*风格#简约", "Write a haiku about the sea.", "1+1等于几？")
 ANSWER_TOKENS = 16
 LIKELIEST = 1000  # compared one by one, all others as one; more say little and take llama.cpp long to tell
-# Mean Kullback-Leibler divergence in nats that a file may have: several times what trained models showed, far below
-# what a wrong tensor, rope or scale does.
+# Mean Kullback-Leibler divergence in nats that a file may have: many times what the demo's toy showed, far below what a
+# wrong tensor, rope or scale does.
 BOUNDS = {"f16": 0.01, "q8_0": 0.02, "q5_k_m": 0.1, "q4_k_m": 0.25, "q4_0": 0.4}
 MERGED_APART = 1e-3  # of the largest logit: sums in another order, in float32
 

@@ -154,7 +154,7 @@ def _request(prompt: Sequence[int], sampling: Sampling, most: int) -> dict:
         "n_predict": most,
         "n_probs": max(1, sampling.top_logprobs or 0),  # without them this route does not tell ids
         # in the order of transformers; all others that llama.cpp has on by default stay out. Greedy is the first of the
-        # likeliest: top_p would sort the whole vocabulary for each token, 2 ms of ChatGLM3's
+        # likeliest: top_p would sort the whole vocabulary for each token
         "samplers": ["penalties", "top_k"] if sampling.greedy else ["penalties", "temperature", "top_k", "top_p"],
         "temperature": 1.0 if sampling.greedy else sampling.temperature,
         "top_k": 1 if sampling.greedy else sampling.top_k or 0,

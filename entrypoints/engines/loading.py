@@ -15,12 +15,16 @@ def engine_for(model: Path) -> str:
     return "llamacpp" if model.suffix == ".gguf" else "transformers"
 
 
-def check(engine: str, model: Path, adapters: Mapping[str, Path]) -> None:
+def check(
+    engine: str, model: Path, adapters: Mapping[str, Path], load_in: str | None = None, device: str = "auto"
+) -> None:
     """Raise UserError for what can be known without loading: packages, files, names, sizes."""
     if importlib.util.find_spec(PACKAGES[engine]) is None:
         raise UserError(
             f"the engine {engine} needs the package {PACKAGES[engine]}", "install it, or choose another --engine"
         )
+    if load_in:
+        _check_load_in(engine, adapters)
     if engine == "llamacpp":
         if adapters:
             raise UserError("a GGUF file cannot take adapters", "merge the adapter before glm quantize")
@@ -35,6 +39,10 @@ def check(engine: str, model: Path, adapters: Mapping[str, Path]) -> None:
     from entrypoints.checkpoint.native import open_native
 
     shape = open_native(model).shape
+    if load_in:
+        from entrypoints.engines.placement import place
+
+        place(shape, device, load_in=load_in)
     opened = {name: open_adapter(path, shape) for name, path in adapters.items()}
     for path in adapters.values():
         refuse_other_base(path, model)
@@ -52,6 +60,7 @@ def load(
     dtype: str = "auto",
     slots: int = 1,
     verify: bool = False,
+    load_in: str | None = None,
 ) -> Engine:
     """Load it; raises UserError for what cannot work."""
     if engine == "llamacpp":
@@ -64,4 +73,15 @@ def load(
         return VllmEngine.load(model, adapters, slots, device, dtype, verify)
     from entrypoints.engines.transformers_engine import TransformersEngine
 
-    return TransformersEngine.load_for_serving(model, adapters, device, dtype, slots, verify)
+    return TransformersEngine.load_for_serving(model, adapters, device, dtype, slots, verify, load_in)
+
+
+def _check_load_in(engine: str, adapters: Mapping[str, Path]) -> None:
+    if engine != "transformers":
+        raise UserError(
+            f"--load-in is not for the engine {engine}", "use --engine transformers; a GGUF file has its own precision"
+        )
+    if adapters:
+        raise UserError("--load-in takes no --adapter", "merge a LoRA first: glm export ADAPTER OUT --base DIR")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load-in needs the package bitsandbytes", "pip install 'glm-entrypoints[qlora]'")

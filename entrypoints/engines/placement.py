@@ -16,6 +16,7 @@ from entrypoints.engines.machine import available_memory, processor_flags
 from entrypoints.errors import UserError
 
 logger = logging.getLogger(__name__)
+LOADS = {"8bit": 8, "4bit": 4}  # what bitsandbytes makes of the matrices inside the layers, while they load
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HEADROOM = 1.1  # weights and what a short conversation needs beside them
 NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}  # flags of x86 and Arm in /proc/cpuinfo
@@ -32,11 +33,17 @@ class Placement:
         return f"{', '.join(dict.fromkeys(self.device_map.values()))} in {str(self.dtype).removeprefix('torch.')}"
 
 
-def place(shape: Shape, device: str = "auto", dtype: str = "auto") -> Placement:
+def place(shape: Shape, device: str = "auto", dtype: str = "auto", load_in: str | None = None) -> Placement:
     """Decide for this machine; raises UserError, before any loading, when device or memory are not there."""
     kind = _kind(device)
+    if load_in and kind != "cuda":
+        raise UserError(
+            f"--load-in {load_in} needs a CUDA device: bitsandbytes computes there",
+            "elsewhere use a GGUF file: glm quantize",
+        )
     chosen = _dtype(kind, dtype)
-    needed = int(weight_bytes(shape, chosen.itemsize) * HEADROOM)
+    stored = loaded_bytes(shape, load_in, chosen.itemsize) if load_in else weight_bytes(shape, chosen.itemsize)
+    needed = int(stored * HEADROOM)
     if kind == "cuda":
         free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
         return Placement(spread(shape, gpus_needed(needed, free)), chosen)
@@ -51,6 +58,13 @@ def place(shape: Shape, device: str = "auto", dtype: str = "auto") -> Placement:
 def weight_bytes(shape: Shape, itemsize: int) -> int:
     """Bytes of all weights at `itemsize` bytes a number."""
     return sum(torch.Size(entry.shape).numel() for entry in tensors(shape)) * itemsize
+
+
+def loaded_bytes(shape: Shape, load_in: str, itemsize: int) -> int:
+    """The same with the matrices inside the layers in 8 or 4 bits; embedding and output layer stay as they are."""
+    layers = [entry for entry in tensors(shape) if entry.columns and ".layers." in entry.native[0]]
+    small = sum(torch.Size(entry.shape).numel() for entry in layers)
+    return weight_bytes(shape, itemsize) - small * itemsize + small * LOADS[load_in] // 8
 
 
 def gpus_needed(needed: int, free: Sequence[int]) -> int:

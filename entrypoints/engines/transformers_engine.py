@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     GenerationConfig,
     GlmForCausalLM,
     LogitsProcessorList,
@@ -65,12 +66,15 @@ class TransformersEngine:
         device: str = "auto",
         dtype: str = "auto",
         verify: bool = False,
+        load_in: str | None = None,
     ) -> "TransformersEngine":
         """Check and load a native checkpoint, with one adapter in its place if one is named.
 
         Raises UserError naming what is missing, damaged, of another size or does not fit, before weights are read.
         """
-        engine = cls.load_for_serving(folder, {"": adapter} if adapter else {}, device, dtype, verify=verify)
+        engine = cls.load_for_serving(
+            folder, {"": adapter} if adapter else {}, device, dtype, verify=verify, load_in=load_in
+        )
         if adapter:
             engine.model, engine.prompt_format = engine._adapted.pop(""), engine.adapters.pop("")
         return engine
@@ -84,22 +88,26 @@ class TransformersEngine:
         dtype: str = "auto",
         slots: int = 1,
         verify: bool = False,
+        load_in: str | None = None,
     ) -> "TransformersEngine":
         """Check and load a native checkpoint and adapters to choose from by name; raises UserError as `load` does."""
         checkpoint = open_native(folder, verify=verify)
         opened = {name: open_adapter(path, checkpoint.shape) for name, path in adapters.items()}
         for path in adapters.values():
             refuse_other_base(path, folder)
-        placement = place(checkpoint.shape, device, dtype)
+        placement = place(checkpoint.shape, device, dtype, load_in)
         logger.info("loading %s on %s", folder, placement)
         engine = cls(
-            _load_model(folder, placement), checkpoint.tokenizer, checkpoint.prompt_format, checkpoint.shape.window
+            _load_model(folder, placement, load_in),
+            checkpoint.tokenizer,
+            checkpoint.prompt_format,
+            checkpoint.shape.window,
         )
         for name, adapter in opened.items():
             logger.info("adding adapter %s", adapter.folder)
             engine._adapted[name] = _adapt(engine.model, adapter)
             engine.adapters[name] = adapter.prompt_format
-        if slots > 1 and len(set(placement.device_map.values())) == 1:
+        if slots > 1 and not load_in and len(set(placement.device_map.values())) == 1:
             engine.slots = slots
             engine._batcher = ContinuousBatcher(engine.model, engine.tokenizer.stop_ids, engine.window, slots)
         return engine
@@ -243,13 +251,25 @@ class _IdStreamer(BaseStreamer):
         return item
 
 
-def _load_model(folder: Path, placement: Placement) -> GlmForCausalLM:
+def _load_model(folder: Path, placement: Placement, load_in: str | None) -> GlmForCausalLM:
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=placement.dtype, device_map=placement.device_map, local_files_only=True
+        folder,
+        dtype=placement.dtype,
+        device_map=placement.device_map,
+        local_files_only=True,
+        quantization_config=_quantisation(load_in, placement.dtype),
     )
     model.generation_config = GenerationConfig()  # every request says what it wants; nothing is inherited unseen
     return model
+
+
+def _quantisation(load_in: str | None, compute: torch.dtype) -> BitsAndBytesConfig | None:
+    if load_in is None:
+        return None
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def _adapt(model: GlmForCausalLM, adapter: Adapter) -> torch.nn.Module:

@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, help="converted LoRA or P-Tuning v2 adapter; overrides ADAPTER_PATH")
     parser.add_argument("--device", choices=DEVICES, help="overrides DEVICE")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the weights")
+    parser.add_argument(
+        "--load-in", choices=("8bit", "4bit"), help="let bitsandbytes make the weights smaller as they load (CUDA)"
+    )
     parser.add_argument("--verify", action="store_true", help="check every file's hash before loading")
     parser.add_argument("--prompt", help="ask this once and end")
     parser.add_argument("--system", help="system prompt")
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     from entrypoints.conversation import load_chat
 
     adapter = args.adapter or settings.adapter_path or None
-    chat = load_chat(model, adapter, args.device or settings.device, args.dtype, args.verify)
+    chat = load_chat(model, adapter, args.device or settings.device, args.dtype, args.verify, args.load_in)
     system = [Message("system", args.system)] if args.system else []
     if args.prompt is not None:
         _answer(chat, [*system, Message("user", args.prompt)], sampling, args.json)

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights"
     )
+    model.add_argument(
+        "--load-in", choices=("8bit", "4bit"), help="let bitsandbytes make the weights smaller as they load (CUDA)"
+    )
     model.add_argument("--slots", type=int, default=4, help="answers generated at the same time")
     model.add_argument("--verify", action="store_true", help="check every file's hash before loading")
     service = parser.add_argument_group("service")
@@ -104,10 +107,17 @@ def _engine(
     from entrypoints.engines.loading import check, engine_for, load
 
     name = engine_for(model) if args.engine == "auto" else args.engine
-    check(name, model, adapters)
     device = args.device or settings.device
+    check(name, model, adapters, args.load_in, device)
     return name, lambda: load(
-        name, model, adapters, device=device, dtype=args.dtype, slots=args.slots, verify=args.verify
+        name,
+        model,
+        adapters,
+        device=device,
+        dtype=args.dtype,
+        slots=args.slots,
+        verify=args.verify,
+        load_in=args.load_in,
     )
 
 

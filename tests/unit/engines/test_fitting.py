@@ -17,12 +17,14 @@ def test_each_size_of_host_memory_is_told_what_fits_the_nearest_first():
     assert names[32] == names[64] == [*files, "the folder in float32", "the folder in bfloat16"]
 
 
-def test_a_gpu_is_for_the_whole_model_in_sixteen_bits():
-    choices = {choice.gigabytes: str(choice) for choice in gpu_choices(CHATGLM3_6B)}
-    assert tuple(choices) == GPU_SIZES
-    assert choices[6] == choices[8] == "nothing of this model"
-    assert choices[16] == "the folder in 16 bits, 5 full windows"
-    assert choices[80].endswith("277 full windows")
+def test_each_size_of_gpu_is_told_in_how_many_bits_the_folder_fits():
+    choices = {choice.gigabytes: choice.fits for choice in gpu_choices(CHATGLM3_6B)}
+    ways = {size: [fit.rpartition(" (")[0] for fit in fits] for size, fits in choices.items()}
+    assert tuple(ways) == GPU_SIZES
+    assert ways[6] == ["--load-in 4bit"]
+    assert ways[16] == ways[24] == ways[80] == ["16 bits", "--load-in 8bit", "--load-in 4bit"]
+    assert choices[16][0] == "16 bits (5 windows)"
+    assert choices[80][0] == "16 bits (277 windows)"
 
 
 @pytest.mark.parametrize(("type_", "gigabytes"), [("q4_0", 4.5), ("q8_0", 7.4)])

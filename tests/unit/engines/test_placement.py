@@ -183,3 +183,20 @@ def test_too_little_memory_is_told_before_loading_with_both_numbers(dtype, neede
 
 def test_a_placement_reads_as_devices_and_precision():
     assert str(Placement({"a": "cuda:0", "b": "cuda:0", "c": "cuda:1"}, torch.float16)) == "cuda:0, cuda:1 in float16"
+
+
+@pytest.mark.parametrize(("load_in", "gigabytes"), [("8bit", 6.78), ("4bit", 3.92)])
+def test_fewer_bits_make_the_6b_fit_smaller_gpus(load_in, gigabytes, gpus):
+    """Embedding and output layer, 0.53 billion numbers, stay in 16 bits."""
+    assert placement.loaded_bytes(CHATGLM3_6B, load_in, 2) / 1e9 == pytest.approx(gigabytes, abs=0.01)
+    gpus(8 * GB)
+    assert set(place(CHATGLM3_6B, load_in=load_in).device_map.values()) == {"cuda:0"}
+    gpus(4 * GB)
+    with pytest.raises(UserError, match=r"the GPUs have 4.0 GB free"):
+        place(CHATGLM3_6B, load_in=load_in)
+
+
+def test_bitsandbytes_is_for_cuda(gpus):
+    gpus()
+    with pytest.raises(UserError, match=r"--load-in 4bit needs a CUDA device.*glm quantize"):
+        place(SHAPE, load_in="4bit")

@@ -70,7 +70,7 @@ def test_a_model_that_does_not_fit_is_a_mistake_with_both_sizes(toy_native, monk
 def test_what_would_fit_which_machine_is_told(toy_native, glm):
     facts = lines_of(glm("doctor", "--model", toy_native).out)
     assert facts["8 GB memory"].startswith("q8_0 (0.5 GB), q5_k_m (0.5 GB)")
-    assert re.fullmatch(r"the folder in 16 bits, \d+ full windows", facts["6 GB GPU"])
+    assert re.fullmatch(r"16 bits \(\d+ windows\), --load-in 8bit .*", facts["6 GB GPU"])
 
 
 @pytest.mark.parametrize(
