@@ -11,7 +11,6 @@ from entrypoints.answer import read_answer
 from entrypoints.dataset.reading import Example
 from entrypoints.engines.base import Engine
 from entrypoints.errors import UserError
-from entrypoints.prompt import Message, as_messages
 from entrypoints.sampling import Sampling
 
 logger = logging.getLogger(__name__)
@@ -76,8 +75,7 @@ def make_folder(output: Path) -> None:
 
 
 def _prompt(engine: Engine, row: Example, max_source_length: int) -> list[int]:
-    turns = as_messages(row.turns[:-1]) if row.turns else [*as_messages(row.history), Message("user", row.prompt)]
-    turns, _ = engine.prompt_format.cut(turns, engine.tokenizer, max_source_length)
+    turns, _ = engine.prompt_format.cut(row.messages()[:-1], engine.tokenizer, max_source_length)
     return engine.prompt_format.encode(turns, engine.tokenizer)
 
 

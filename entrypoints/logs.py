@@ -20,6 +20,7 @@ class _Redacting(logging.Formatter):
         self.secrets = tuple(secrets)
 
     def format(self, record: logging.LogRecord) -> str:
+        """One line of text, or one JSON object."""
         if not self.as_json:
             return self._redacted(super().format(record))
         fields = {

@@ -9,6 +9,7 @@ from entrypoints.errors import UserError
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DEVICES = ("auto", "cuda", "mps", "cpu")
+LOADS = {"8bit": 8, "4bit": 4}  # what bitsandbytes makes of the matrices inside the layers, while they load
 
 
 @dataclass(frozen=True)

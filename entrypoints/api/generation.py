@@ -114,6 +114,7 @@ async def _tokens(engine: Engine, pool: ThreadPoolExecutor, task: Task) -> Async
         loop.call_soon_threadsafe(queue.put_nowait, item)
 
     def work() -> None:
+        """Hand every token over, then END or what failed."""
         try:
             with contextlib.closing(engine.generate(task.prompt, task.sampling, task.adapter, gone)) as tokens:
                 for token in tokens:

@@ -165,18 +165,8 @@ def _lora(source: Path, shape: Shape) -> tuple[str, dict[str, torch.Tensor], dic
             data[f"base_model.model.{module}.lora_{match[2]}.weight"] = part.contiguous()
     _require_halves(source, data)
     kept = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora") if key in config}
-    return (
-        LORA_FILE,
-        data,
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "bias": "none",
-            "inference_mode": True,
-            **kept,
-            "target_modules": sorted(targets),
-        },
-    )
+    plain = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
+    return LORA_FILE, data, {**plain, **kept, "target_modules": sorted(targets)}
 
 
 def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:

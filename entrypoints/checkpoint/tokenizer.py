@@ -55,6 +55,11 @@ def convert_vocabulary(model_file: Path) -> tokenizers.Tokenizer:
     probe = PROBE + "".join(pieces.IdToPiece(id_) for id_ in ordinary).replace(BLANK, " ")
     if tokenizer.encode(probe).ids != pieces.EncodeAsIds(probe):
         raise UserError(f"{model_file} is no BPE that leaves text as it is", "use the vocabulary of ChatGLM3")
+    _add_control_tokens(tokenizer)
+    return tokenizer
+
+
+def _add_control_tokens(tokenizer: tokenizers.Tokenizer) -> None:
     tokenizer.add_special_tokens(
         [tokenizers.AddedToken(name, special=True, normalized=False) for name in CONTROL_TOKENS]
     )
@@ -62,7 +67,6 @@ def convert_vocabulary(model_file: Path) -> tokenizers.Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B:1", special_tokens=start
     )
-    return tokenizer
 
 
 def _merges(scores: dict[str, float], vocabulary: dict[str, int]) -> list[tuple[str, str]]:

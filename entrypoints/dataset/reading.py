@@ -14,6 +14,7 @@ from typing import BinaryIO
 from entrypoints.dataset.columns import Columns, history, problem
 from entrypoints.dataset.scanning import SHAPES, Pieces, Row, Scanner, decode
 from entrypoints.errors import UserError
+from entrypoints.prompt import Message, as_messages
 
 EARLY = 1000  # rows by which a column that every row needs must have been seen
 
@@ -32,6 +33,11 @@ class Example:
     response: str
     history: list[tuple[str, str]] = field(default_factory=list)
     turns: list[dict] = field(default_factory=list)
+
+    def messages(self) -> list[Message]:
+        """Every turn, the answer last."""
+        asked = [*self.history, Message("user", self.prompt), Message("assistant", self.response)]
+        return as_messages(self.turns or asked)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from entrypoints.checkpoint.gguf_plan import plans
 from entrypoints.checkpoint.layout import Shape
-from entrypoints.engines.placement import HEADROOM, LOADS, loaded_bytes, weight_bytes
+from entrypoints.engines.placement import HEADROOM, loaded_bytes, weight_bytes
+from entrypoints.settings import LOADS
 
 GB = 10**9
 HOST_SIZES = (8, 16, 32, 64)  # GB of memory

@@ -63,6 +63,7 @@ class _Rules:
         self._schema = schema
 
     def expression(self, schema: object) -> str:
+        """What a text must be to fit `schema`; raises UserError for a keyword that cannot be kept to."""
         if schema is True or schema == {}:
             return "value"
         if not isinstance(schema, dict):

@@ -63,9 +63,13 @@ class Layerwise:
     @torch.inference_mode()
     def logits(self, states: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Logits of chosen rows of `hidden`'s results, (tokens, vocabulary) in float32."""
-        weight = self._read(["lm_head.weight"])[0]
-        parts = [part.float() for part in weight.split(8192)] if self._halves or self._changed else weight.split(8192)
-        return [torch.cat([state @ part.float().T for part in parts], dim=-1) for state in states]
+        states = list(states)
+        parts: list[list[torch.Tensor]] = [[] for _ in states]
+        for rows in self._read(["lm_head.weight"])[0].split(8192):
+            rows = rows.float()
+            for part, state in zip(parts, states, strict=True):
+                part.append(state @ rows.T)
+        return [torch.cat(part, dim=-1) for part in parts]
 
     def _layer(self, number: int, watch: Watch | None) -> nn.Module:
         prefix = f"model.layers.{number}."

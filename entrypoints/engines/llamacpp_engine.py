@@ -100,7 +100,7 @@ class LlamaCppEngine:
     ) -> Generator[Token, None, None]:
         """Yield the answer's tokens, without the stop id; closing or cancelling frees the slot within a token."""
         if adapter is not None:
-            raise UserError(f"a GGUF model has no adapter {adapter!r}", "merge the adapter before glm quantize")
+            raise UserError(f"a GGUF model has no adapter {adapter!r}", "merge it in: glm quantize --adapter")
         if len(prompt) >= self.window:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens, the window {self.window}", "shorten the conversation"

@@ -27,7 +27,7 @@ def check(
         _check_load_in(engine, adapters)
     if engine == "llamacpp":
         if adapters:
-            raise UserError("a GGUF file cannot take adapters", "merge the adapter before glm quantize")
+            raise UserError("a GGUF file cannot take adapters", "merge it in: glm quantize --adapter")
         from entrypoints.checkpoint.gguf import open_gguf
 
         open_gguf(model)

@@ -7,6 +7,7 @@ else float32. Several GPUs: whole layers in order, and the embedding, final norm
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,9 +15,12 @@ from entrypoints.checkpoint.layout import Shape, tensors
 from entrypoints.engines.driver import check_driver
 from entrypoints.engines.machine import available_memory, processor_flags
 from entrypoints.errors import UserError
+from entrypoints.settings import LOADS
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 logger = logging.getLogger(__name__)
-LOADS = {"8bit": 8, "4bit": 4}  # what bitsandbytes makes of the matrices inside the layers, while they load
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HEADROOM = 1.1  # weights and what a short conversation needs beside them
 NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}  # flags of x86 and Arm in /proc/cpuinfo
@@ -65,6 +69,20 @@ def loaded_bytes(shape: Shape, load_in: str, itemsize: int) -> int:
     layers = [entry for entry in tensors(shape) if entry.columns and ".layers." in entry.native[0]]
     small = sum(torch.Size(entry.shape).numel() for entry in layers)
     return weight_bytes(shape, itemsize) - small * itemsize + small * LOADS[load_in] // 8
+
+
+def in_fewer_bits(bits: int, compute: torch.dtype, double: bool = False) -> "BitsAndBytesConfig":
+    """How transformers is told to load 8 or 4 bits; `double`: the scales of 4 bits are quantised too."""
+    from transformers import BitsAndBytesConfig  # seconds that a look at the devices need not wait
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=compute,
+    )
 
 
 def gpus_needed(needed: int, free: Sequence[int]) -> int:

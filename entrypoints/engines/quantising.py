@@ -17,7 +17,6 @@ from entrypoints.engines.gguf_check import Comparison, compare, require_merged, 
 from entrypoints.engines.importance import importance
 from entrypoints.engines.machine import available_cpus, require_processor
 from entrypoints.errors import UserError
-from entrypoints.prompt import Message, as_messages
 
 logger = logging.getLogger(__name__)
 WEIGHED = ("q4_0", "q4_k_m", "q5_k_m")  # types that an importance matrix changes
@@ -73,12 +72,7 @@ def _weights(order: Order, checkpoint: NativeCheckpoint, adapter: Adapter | None
     logger.info("weighing the columns by %d rows of %s", len(order.rows), order.rows_from)
     prompt_format = adapter.prompt_format if adapter else checkpoint.prompt_format
     rows = [
-        prompt_format.encode_for_training(_turns(row), checkpoint.tokenizer, ROW_TOKENS, ROW_TOKENS).ids
+        prompt_format.encode_for_training(row.messages(), checkpoint.tokenizer, ROW_TOKENS, ROW_TOKENS).ids
         for row in order.rows
     ]
     return importance(checkpoint, rows, adapter)
-
-
-def _turns(row: Example) -> list:
-    answered = [Message("user", row.prompt), Message("assistant", row.response)]
-    return row.turns or [*as_messages(row.history), *answered]

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     GenerationConfig,
     GlmForCausalLM,
     LogitsProcessorList,
@@ -30,11 +29,12 @@ from entrypoints.checkpoint.tokenizer import Tokenizer
 from entrypoints.engines.base import Token
 from entrypoints.engines.continuous import ContinuousBatcher, with_shared_weights
 from entrypoints.engines.logits import Penalties, Recorder, SeededChoice, refuse_broken_numbers
-from entrypoints.engines.placement import Placement, place
+from entrypoints.engines.placement import Placement, in_fewer_bits, place
 from entrypoints.engines.prefix import PrefixedGlm
 from entrypoints.errors import UserError
 from entrypoints.prompt import PromptFormat
 from entrypoints.sampling import Sampling
+from entrypoints.settings import LOADS
 
 logger = logging.getLogger(__name__)
 END = None  # the streamer's last word
@@ -160,6 +160,7 @@ class TransformersEngine:
         settings |= {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([stop])}
 
         def work() -> None:
+            """Generate into the streamer, which is told what failed."""
             try:
                 with self._own_turn(cancelled) as ours, torch.inference_mode():
                     if ours:
@@ -258,18 +259,10 @@ def _load_model(folder: Path, placement: Placement, load_in: str | None) -> GlmF
         dtype=placement.dtype,
         device_map=placement.device_map,
         local_files_only=True,
-        quantization_config=_quantisation(load_in, placement.dtype),
+        quantization_config=in_fewer_bits(LOADS[load_in], placement.dtype) if load_in else None,
     )
     model.generation_config = GenerationConfig()  # every request says what it wants; nothing is inherited unseen
     return model
-
-
-def _quantisation(load_in: str | None, compute: torch.dtype) -> BitsAndBytesConfig | None:
-    if load_in is None:
-        return None
-    if load_in == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def _adapt(model: GlmForCausalLM, adapter: Adapter) -> torch.nn.Module:

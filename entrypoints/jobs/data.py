@@ -96,16 +96,13 @@ def _token_counter(model: Path) -> Callable[[Example], tuple[int, int]]:
     """Lengths of prompt (frame and history included) and response in a model's tokens, as training counts them."""
     from entrypoints.checkpoint.native import read_prompt_format
     from entrypoints.checkpoint.tokenizer import load_tokenizer
-    from entrypoints.prompt import Message, as_messages
 
     tokenizer, prompt_format = load_tokenizer(model), read_prompt_format(model)
 
     def count(example: Example) -> tuple[int, int]:
-        turns = [*as_messages(example.history), Message("user", example.prompt)]
-        whole = prompt_format.encode_for_training(
-            [*turns, Message("assistant", example.response)], tokenizer, sys.maxsize, sys.maxsize
-        )
-        prompt = len(prompt_format.encode(turns, tokenizer))
+        turns = example.messages()
+        whole = prompt_format.encode_for_training(turns, tokenizer, sys.maxsize, sys.maxsize)
+        prompt = len(prompt_format.encode(turns[:-1], tokenizer))
         return prompt, len(whole.ids) - prompt - 1
 
     return count

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from entrypoints.errors import UserError
-from entrypoints.settings import DEVICES, Settings
+from entrypoints.settings import DEVICES, LOADS, Settings
 
 logger = logging.getLogger(__name__)
 ENGINES = ("auto", "transformers", "llamacpp", "vllm")
@@ -41,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights"
     )
-    model.add_argument(
-        "--load-in", choices=("8bit", "4bit"), help="let bitsandbytes make the weights smaller as they load (CUDA)"
-    )
+    model.add_argument("--load-in", choices=LOADS, help="let bitsandbytes make the weights smaller as they load (CUDA)")
     model.add_argument("--slots", type=int, default=4, help="answers generated at the same time")
     model.add_argument("--verify", action="store_true", help="check every file's hash before loading")
     service = parser.add_argument_group("service")

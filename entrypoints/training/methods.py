@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GlmForCausalLM
+from transformers import AutoModelForCausalLM, GlmForCausalLM
 
 from entrypoints.checkpoint.adapters import CONFIG_FILE, LORA_FILE, PREFIX_FILE, prefix_config
 from entrypoints.checkpoint.layout import Shape
 from entrypoints.checkpoint.native import write_json
 from entrypoints.checkpoint.prefix_encoder import encoder_shapes, finished_prefix
+from entrypoints.engines.placement import in_fewer_bits
 from entrypoints.errors import UserError
 from entrypoints.training.arguments import LORA_TARGETS, TrainArguments
 from entrypoints.training.labelled import LabelledGlm
@@ -93,10 +94,7 @@ def trainable(arguments: TrainArguments, shape: Shape, total: int) -> int:
 def _quantisation(arguments: TrainArguments, compute: torch.dtype) -> dict:
     if arguments.base_bits is None:
         return {}
-    if arguments.base_bits == 8:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four)}
+    return {"quantization_config": in_fewer_bits(arguments.base_bits, compute, double=True)}
 
 
 def _last_layers(model: GlmForCausalLM, count: int, dtype: torch.dtype) -> GlmForCausalLM:

@@ -45,6 +45,7 @@ class Interrupts(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        """All processes agree on a signal that any of them got, save and stop."""
         number = self.number or 0
         if torch.distributed.is_initialized():
             agreed = torch.tensor([number], device=args.device)
@@ -94,6 +95,7 @@ class Progress(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Log the numbers; raises UserError when a loss is none."""
         shown = ("loss", "eval_loss", "train_loss", "learning_rate")
         numbers = {name: value for name, value in (logs or {}).items() if name in shown}
         if not numbers:

@@ -1,11 +1,13 @@
 """The two chat pages as a visitor handles them, so that one test runs on both."""
 
+from abc import ABC, abstractmethod
+
 from playwright.sync_api import Locator, Page, expect
 
 SECONDS = 1000  # playwright counts in milliseconds
 
 
-class ChatDriver:
+class ChatDriver(ABC):
     """What the pages have in common; a question is an engine's script (see scripted_engine)."""
 
     field: str
@@ -21,6 +23,7 @@ class ChatDriver:
         self.settle()
         return self
 
+    @abstractmethod
     def settle(self) -> None:
         """Wait until the page has asked the server for its models."""
 
@@ -77,11 +80,13 @@ class ChatDriver:
         self.page.locator("[role=option]", has_text=name).click()
         self.page.wait_for_timeout(700)
 
+    @abstractmethod
     def of(self, *roles: str) -> Locator:
-        raise NotImplementedError
+        """The bubbles of these speakers, in order of the page."""
 
+    @abstractmethod
     def body(self, bubble: Locator) -> Locator:
-        raise NotImplementedError
+        """What a bubble says, without buttons and pictures."""
 
 
 class GradioDriver(ChatDriver):
@@ -129,6 +134,9 @@ class GradioDriver(ChatDriver):
 
 class StreamlitDriver(ChatDriver):
     field = "[data-testid=stChatInputTextArea]"
+
+    def settle(self) -> None:
+        """The field comes with the models."""
 
     def of(self, *roles: str) -> Locator:
         names = {"user": "stChatMessageAvatarUser", "assistant": "stChatMessageAvatarAssistant"}
