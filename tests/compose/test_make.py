@@ -1,5 +1,6 @@
 """What `make` says before it starts anything, and what keeps containers from a machine's GPUs."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,11 @@ RUNTIMES = {"without": '{"runc":{}}', "with": '{"nvidia":{},"runc":{}}'}
 
 
 def make(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # of the make that may run these tests
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    return subprocess.run(
+        ["make", *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture

@@ -137,7 +137,8 @@ def test_an_interrupted_download_goes_on_where_it_stopped(fill, on_the_hub, sett
 
 
 @pytest.mark.parametrize("name", ["absent", "../demo", "/srv/absent", "a/b/c"])
-def test_a_model_that_is_nowhere_is_named_with_the_places(fill, tmp_path, name):
+def test_a_model_that_is_nowhere_is_named_with_the_places(fill, tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # beside which there is no folder "demo"
     with pytest.raises(UserError, match=r"no model .*: it is no folder, nor one in .*runs.*; give demo, ORG/NAME"):
         fill(name, [tmp_path / "runs"])
     assert not (tmp_path / "store").exists()
