@@ -63,8 +63,8 @@ def test_regenerate_asks_the_same_question_anew(chat, scripted_api):
     answers = len(scripted_api.record())
     chat.button("regenerate").click()
     wait_until(lambda: len(scripted_api.record()) > answers)
-    chat.wait()
-    assert chat.texts() == ["say 一", "一"]
+    chat.wait()  # it may have been over before the page showed that it had begun
+    wait_until(lambda: chat.texts() == ["say 一", "一"], 15)
     assert scripted_api.record()[-1]["turns"] == [["user", "say 一"]]
 
 
