@@ -17,7 +17,7 @@ READY := $(VENV)/.ready-$(TORCH)
 VLLM_READY := $(VLLM_VENV)/.ready
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-zA-Z0-9_/%-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-zA-Z0-9_/%-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## Install the locked packages and the `glm` command into .venv
 
@@ -37,6 +37,7 @@ demo: $(READY) ## Make a toy model, convert, fine-tune, score and chat with it (
 WITH ?= local
 RUN ?= tuned
 OUTPUT ?= output
+TYPE ?= q4_0
 ENGINE ?= auto
 COMPOSE := docker compose
 # profile of each ENGINE; a model held in 4 bits has one of its own
@@ -48,6 +49,7 @@ PROFILE_transformers := gpu-int4
 NEEDS_chat := MODEL
 NEEDS_serve := MODEL
 NEEDS_evaluate := MODEL TEST_FILE
+NEEDS_quantize := MODEL
 NEEDS_train := MODEL TRAIN_FILE
 $(foreach goal,$(MAKECMDGOALS),$(foreach name,$(NEEDS_$(goal)),$(if $($(name)),,\
   $(error $(name) is not set: make $(goal) $(NEEDS_$(goal):%=%=...)))))
@@ -86,6 +88,14 @@ ifeq ($(WITH),local)
 else
 	$(COMPOSE_ENV) DATA_DIR=$(dir $(abspath $(TEST_FILE))) TEST_FILE=$(notdir $(TEST_FILE)) EVALUATE_ARGS="$(ARGS)" \
 	  $(COMPOSE) --profile eval run --rm evaluate
+endif
+
+quantize: $(if $(LOCAL),$(READY)) ## Make one small file: make quantize MODEL=... TYPE=q4_k_m [WITH=compose]
+ifeq ($(WITH),local)
+	mkdir -p $(OUTPUT)
+	$(GLM) quantize $(MODEL) $(OUTPUT)/$(notdir $(abspath $(MODEL)))-$(TYPE).gguf --type $(TYPE) $(ARGS)
+else
+	$(COMPOSE_ENV) QUANTIZE=$(TYPE) $(COMPOSE) run --rm model-init
 endif
 
 train: $(if $(LOCAL),$(READY)) ## Fine-tune: make train NUM_GPUS=8 MODEL=... TRAIN_FILE=rows.jsonl [ARGS="--deepspeed zero2"] [WITH=compose]
@@ -174,4 +184,4 @@ k8s-rendered: ## Renew the reviewed renderings in tests/manifests/rendered after
 clean: ## Remove the environment and the demo's output
 	rm -rf $(VENV) $(VLLM_VENV) demo build *.egg-info
 
-.PHONY: help venv demo up down logs chat serve evaluate train doctor gpu-ready test test-vllm lint fix bench soak lock images wheelhouse pins sbom test-images-full k8s-rendered clean
+.PHONY: help venv demo up down logs chat serve evaluate quantize train doctor gpu-ready test test-vllm lint fix bench soak lock images wheelhouse pins sbom test-images-full k8s-rendered clean

@@ -72,6 +72,7 @@ def test_a_machine_whose_gpus_are_ready_is_told_so(machine):
         (["train", "MODEL=x"], "TRAIN_FILE is not set: make train MODEL=... TRAIN_FILE=..."),
         (["evaluate", "MODEL=x", "WITH=compose"], "TEST_FILE is not set: make evaluate MODEL=... TEST_FILE=..."),
         (["chat"], "MODEL is not set: make chat MODEL=..."),
+        (["quantize"], "MODEL is not set: make quantize MODEL=..."),
     ],
 )
 def test_what_a_target_needs_is_asked_for_first(words, lacks):
@@ -88,6 +89,11 @@ def test_a_folder_and_a_file_of_this_machine_become_a_mount_and_a_name(toy_nativ
     assert f"DATA_DIR={tmp_path}/ TRAIN_FILE=rows.jsonl" in done.stdout
     assert "RUN=mine" in done.stdout
     assert "--profile train run --rm train" in done.stdout
+
+
+def test_the_first_job_quantises_into_the_asked_type():
+    done = make("--dry-run", "quantize", "WITH=compose", "MODEL=demo", "TYPE=q8_0")
+    assert done.stdout == "MODEL=demo  RUN=tuned QUANTIZE=q8_0 docker compose run --rm model-init\n"
 
 
 @pytest.mark.parametrize(("engine", "profile"), [("auto", "cpu"), ("vllm", "gpu"), ("transformers", "gpu-int4")])
