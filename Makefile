@@ -141,6 +141,7 @@ fix: $(READY) ## Repair what the linter can
 bench: $(READY) ## Measure: converting, training, serving and the pages, each beside what it is compared with
 	$(VENV)/bin/python tests/bench/convert_bench.py
 	$(VENV)/bin/python tests/bench/train_bench.py
+	$(VENV)/bin/python tests/bench/trl_bench.py
 	$(VENV)/bin/python tests/bench/serve_bench.py
 	$(VENV)/bin/python tests/bench/web_bench.py
 

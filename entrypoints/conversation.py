@@ -94,8 +94,8 @@ def load_chat(
         return Chat(LlamaCppEngine.load(path, slots=1))
     from entrypoints.checkpoint.native import open_native
 
-    open_native(path)  # what is wrong with the folder shows before transformers, imported in seconds, does
-    if load_in:
+    # what is wrong with the folder shows before transformers, imported in seconds, does
+    if load_in or open_native(path, quantised=True).load_in:
         check("transformers", path, {"adapter": Path(adapter)} if adapter else {}, load_in, device)
     from entrypoints.engines.transformers_engine import TransformersEngine
 

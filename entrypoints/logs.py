@@ -9,6 +9,8 @@ LIBRARIES = (
     "ContinuousBatchingLogger", "accelerate", "datasets", "filelock", "gguf", "httpcore2", "httpx", "httpx2",
     "huggingface_hub", "jieba", "modelscope", "modelscope_hub", "peft", "transformers", "urllib3", "vllm",
 )  # fmt: skip
+# PEFT imports it, and it warns of a kernel that 4-bit weights on a processor lack: we use them on CUDA alone.
+UNUSED = "bitsandbytes.backends.cpu"
 
 
 class _Redacting(logging.Formatter):
@@ -58,3 +60,4 @@ def set_up(log_format: str = "text", level: str = "info", secrets: Iterable[str]
         library.handlers.clear()
         library.__class__ = _Library
         library.setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger(UNUSED).setLevel(logging.ERROR)

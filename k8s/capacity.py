@@ -16,7 +16,7 @@ WEIGHTS = 6.24e9  # numbers of ChatGLM3-6B
 WEIGHT_BYTES = 2 * WEIGHTS  # float16
 CACHE_BYTES = 2 * 28 * 2 * 128 * 2  # a token: keys and values, layers, groups, numbers of a head, bytes: 28 KiB
 MEMORY_SHARE, WORKSPACE = 0.9, 2e9  # of a card's memory; bytes for activations
-EFFICIENCY = 0.5  # of the data sheet's bandwidth and arithmetic: an assumption
+EFFICIENCY = 0.5  # of the data sheet's bandwidth and arithmetic: an assumption; two cores reached 0.39 of theirs
 SLOTS = 64  # --slots of components/vllm
 BUSY = 0.7  # of slots and time: room for peaks, and for one replica that restarts
 
@@ -103,7 +103,9 @@ def table(load: Load, counts: list[int]) -> str:
     lines.append("|---" * (3 + len(counts)) + "|")
     for card in CARDS:
         found = [replicas(card, load, count) for count in counts]
-        cells = [card.name, most_at_once(card, load), users_of_one(card, load), *(each or "too slow" for each in found)]
+        fits = most_at_once(card, load)
+        none = "too slow" if fits else "no room"
+        cells = [card.name, fits, users_of_one(card, load), *(each or none for each in found)]
         lines.append("| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -24,6 +24,7 @@ PROMPT_KEY = "glm.prompt_format"  # JSON, as prompt.json
 PROVENANCE_KEY = "glm.provenance"  # JSON, as in manifest.json
 # smallest first, and what general.file_type calls them
 TYPES = {"q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q8_0": 7, "f16": 1}
+WEIGHED = ("q4_0", "q4_k_m", "q5_k_m")  # types that an importance matrix changes
 MAGIC = b"GGUF"
 VERSION = 3
 ALIGNMENT = 32

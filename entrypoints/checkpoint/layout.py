@@ -31,6 +31,11 @@ FIXED = {
 }
 
 
+# What glm quantize makes of a folder that stays one -> what settings.LOADS calls the same in memory.
+FOLDER_TYPES = {"int8": "8bit", "nf4": "4bit"}
+BLOCK = 64  # numbers that share one scale in 4 bits
+
+
 @dataclass(frozen=True)
 class Shape:
     """The numbers that tell one checkpoint of the family from another."""
@@ -72,14 +77,22 @@ class Shape:
             raise UserError(f"{file} lacks {error}", "take config.json from the checkpoint's own repository") from error
 
     @classmethod
-    def from_native(cls, config: dict, file: Path) -> "Shape":
-        """Read a converted config.json; raises UserError when it is none of this product's."""
+    def from_native(cls, config: dict, file: Path, quantised: bool = False) -> "Shape":
+        """Read a converted config.json; raises UserError when it is none of this product's.
+
+        quantised: may its matrices be stored in 8 or 4 bits? They can answer, and nothing else can be made of them.
+        """
         if config.get("model_type") == "chatglm":
             raise UserError(f"{file} is in the original layout", "convert it first: glm convert SRC DST")
         if config.get("model_type") != "glm":
             raise UserError(
                 f"{file} says model_type {config.get('model_type')!r}",
                 "name the folder of a converted ChatGLM3 checkpoint",
+            )
+        if stored_in(config, file) and not quantised:
+            raise UserError(
+                f"{file.parent} is quantised already: it can be asked, not tuned, converted or quantised again",
+                "name the checkpoint it was made from (`source` in its manifest.json)",
             )
         try:
             return cls(
@@ -205,6 +218,46 @@ def tensors(shape: Shape) -> list[Entry]:
         _one("encoder.final_layernorm.weight", "model.norm.weight", shape.hidden),
         _one("output_layer.weight", "lm_head.weight", shape.vocabulary, hidden),
     ]
+
+
+def stored_in(config: dict, file: Path) -> str | None:
+    """How config.json says that the matrices inside the layers are stored: `8bit`, `4bit`, None for whole numbers.
+
+    Raises UserError for a way that this product does not write.
+    """
+    way = config.get("quantization_config")
+    if way is None:
+        return None
+    if isinstance(way, dict) and way.get("quant_method") == "bitsandbytes":
+        if way.get("load_in_8bit"):
+            return FOLDER_TYPES["int8"]
+        if way.get("load_in_4bit") and way.get("bnb_4bit_quant_type") == "nf4":
+            return FOLDER_TYPES["nf4"]
+    raise UserError(
+        f"{file} names a quantisation that is not read here", f"glm quantize makes {', '.join(FOLDER_TYPES)} folders"
+    )
+
+
+def stored_shapes(shape: Shape, load_in: str | None) -> dict[str, tuple[int, ...]]:
+    """Every native tensor with its shape, and in 8 or 4 bits the scales beside each matrix of the layers.
+
+    Left out is what 4 bits keep as text, whose length differs.
+    """
+    whole = {name: size for entry in tensors(shape) for name, size in entry.native_shapes().items()}
+    if load_in is None:
+        return whole
+    found = {}
+    for name, size in whole.items():
+        if ".layers." not in name or len(size) == 1:
+            found[name] = size
+        elif load_in == FOLDER_TYPES["int8"]:
+            stem = name.removesuffix("weight")
+            found |= {name: size, f"{stem}SCB": size[:1], f"{stem}weight_format": ()}
+        else:
+            numbers = size[0] * size[1]
+            scales = {f"{name}.absmax": (-(-numbers // BLOCK),), f"{name}.quant_map": (16,)}
+            found |= {name: (-(-numbers // 2), 1), **scales}
+    return found
 
 
 def _one(original: str, native: str, rows: int, columns: tuple[int, ...] = ()) -> Entry:

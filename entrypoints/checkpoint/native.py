@@ -5,7 +5,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from entrypoints.checkpoint.layout import Shape, tensors
+from entrypoints.checkpoint.layout import Shape, stored_in, stored_shapes
 from entrypoints.checkpoint.manifest import MANIFEST_FILE, check_manifest
 from entrypoints.checkpoint.original import TensorFiles, open_tensors, read_json
 from entrypoints.checkpoint.tokenizer import TOKENIZER_FILE, VOCABULARY_FILE, Tokenizer, load_tokenizer
@@ -37,27 +37,32 @@ class NativeCheckpoint:
     tokenizer: Tokenizer
     prompt_format: PromptFormat
     files: TensorFiles
+    load_in: str | None = None  # 8bit or 4bit where it is stored so, as settings.LOADS calls it
 
 
-def open_native(folder: Path, verify: bool = False) -> NativeCheckpoint:
+def open_native(folder: Path, verify: bool = False, quantised: bool = False) -> NativeCheckpoint:
     """Check a converted folder: config, tensor names and shapes, file sizes; with `verify` every file's hash too.
 
+    quantised: is one that `glm quantize` made of a folder welcome? It can only answer.
     Raises UserError naming what is missing or wrong. A folder without a manifest is refused only with `verify`.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder", "name the folder of a converted checkpoint (--model, MODEL_PATH)")
-    shape = Shape.from_native(read_json(folder / "config.json"), folder / "config.json")
+    config = read_json(folder / "config.json")
+    shape = Shape.from_native(config, folder / "config.json", quantised)
+    load_in = stored_in(config, folder / "config.json")
     if verify or (folder / MANIFEST_FILE).is_file():
         check_manifest(folder, hashes=verify)
     files = open_tensors(folder)
-    files.check({name: size for entry in tensors(shape) for name, size in entry.native_shapes().items()})
+    described = frozenset(name for name in files.tensors if load_in and ".quant_state." in name)
+    files.check(stored_shapes(shape, load_in), described)
     tokenizer = load_tokenizer(folder)
     if tokenizer.size > shape.vocabulary:
         raise UserError(
             f"{folder / TOKENIZER_FILE} has {tokenizer.size} ids, config.json {shape.vocabulary}",
             "use the vocabulary of this checkpoint",
         )
-    return NativeCheckpoint(folder, shape, tokenizer, read_prompt_format(folder), files)
+    return NativeCheckpoint(folder, shape, tokenizer, read_prompt_format(folder), files, load_in)
 
 
 def write_settings(folder: Path, shape: Shape, dtype: str, tokenizer: Tokenizer, prompt_format: PromptFormat) -> None:

@@ -67,9 +67,10 @@ def fill(
     return target
 
 
-def quantized(folder: Path, type_: str) -> Path:
+def quantized(folder: Path, type_: str, make: Callable[[Path, Path, str, Callable[[Path], object]], object]) -> Path:
     """The GGUF file of a folder of a store, made if it is not there or the folder is another one by now.
 
+    make: writes it, given folder, file, type, and what to call with the finished file before it gets its name.
     Its hash stands in a record beside it. Raises UserError when the file is damaged.
     """
     target = folder.with_name(f"{folder.name}-{type_}.gguf")
@@ -89,10 +90,8 @@ def quantized(folder: Path, type_: str) -> Path:
             fields = {"made_from": made_from, "size": finished.stat().st_size, "sha256": sha256(finished)}
             record.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
-        from entrypoints.checkpoint.gguf_writing import write_gguf
-
         logger.info("quantising %s", folder)
-        write_gguf(folder, target, type_, check=describe)
+        make(folder, target, type_, describe)
     return target
 
 
@@ -180,7 +179,7 @@ def _copy(folder: Path, target: Path) -> None:
     """Copy a native folder's model without logs and states of a run; what arrives must be what was described."""
     from entrypoints.checkpoint.native import model_files, open_native
 
-    open_native(folder)
+    open_native(folder, quantised=True)
     described = (folder / MANIFEST_FILE).is_file()
     names = read_manifest(folder)["files"] if described else [file.name for file in model_files(folder)]
     logger.info("copying %s", folder)

@@ -8,10 +8,11 @@ import ctypes
 
 from entrypoints.errors import UserError
 
+LIBRARY = "libcuda.so.1"
 MINIMUM_DRIVERS = {12: "525", 13: "580"}  # first driver branches; NVIDIA, "CUDA compatibility", table 1
 
 
-def check_driver(library: str = "libcuda.so.1", built_for: str | None = None) -> None:
+def check_driver(library: str = LIBRARY, built_for: str | None = None) -> None:
     """Do nothing without a driver or with a CPU build of torch.
 
     Raises UserError: the driver is older than `built_for` (torch's own if not given) needs.
@@ -20,7 +21,7 @@ def check_driver(library: str = "libcuda.so.1", built_for: str | None = None) ->
         import torch
 
         built_for = torch.version.cuda
-    driver = _driver_version(library)
+    driver = driver_version(library)
     if built_for is None or driver is None:
         return
     major = int(built_for.split(".")[0])
@@ -32,7 +33,7 @@ def check_driver(library: str = "libcuda.so.1", built_for: str | None = None) ->
         )
 
 
-def _driver_version(library: str) -> int | None:
+def driver_version(library: str = LIBRARY) -> int | None:
     """As CUDA counts: 12040 is 12.4; None without a driver."""
     try:
         cuda = ctypes.CDLL(library)

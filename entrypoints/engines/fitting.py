@@ -36,9 +36,12 @@ def file_memory(shape: Shape, type_: str) -> int:
 
 def host_choices(shape: Shape) -> list[Choice]:
     """For a machine without a GPU, by its memory: GGUF types, and the folder in transformers."""
-    needs = {type_: file_memory(shape, type_) for type_ in FILES}
-    needs |= {f"the folder in {name}": int(weight_bytes(shape, size) * HEADROOM) for name, size in DTYPES}
-    return [Choice(size, _fitting(needs, size * GB - SYSTEM)) for size in HOST_SIZES]
+    return [Choice(size, _fitting(_host_needs(shape), size * GB - SYSTEM)) for size in HOST_SIZES]
+
+
+def here(shape: Shape, free: int) -> tuple[str, ...]:
+    """The same for so many free bytes."""
+    return _fitting(_host_needs(shape), free)
 
 
 def gpu_choices(shape: Shape) -> list[Choice]:
@@ -51,6 +54,11 @@ def gpu_choices(shape: Shape) -> list[Choice]:
         windows = {way: (size * GB - CONTEXT - int(stored * HEADROOM)) // cache for way, stored in ways.items()}
         found.append(Choice(size, tuple(f"{way} ({count} windows)" for way, count in windows.items() if count > 0)))
     return found
+
+
+def _host_needs(shape: Shape) -> dict[str, int]:
+    needs = {type_: file_memory(shape, type_) for type_ in FILES}
+    return needs | {f"the folder in {name}": int(weight_bytes(shape, size) * HEADROOM) for name, size in DTYPES}
 
 
 def _fitting(needs: dict[str, int], room: int) -> tuple[str, ...]:

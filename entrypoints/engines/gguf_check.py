@@ -1,4 +1,4 @@
-"""Is a GGUF file the model it was made from? Its own greedy answers, read by the source: same choices, near odds."""
+"""Is a quantised model still its source? Its own greedy answers, read by the source: same choices, near odds."""
 
 import logging
 from dataclasses import dataclass
@@ -11,24 +11,26 @@ from entrypoints.checkpoint.native import NativeCheckpoint
 from entrypoints.engines.base import Token
 from entrypoints.engines.layerwise import Layerwise
 from entrypoints.engines.llamacpp_engine import LlamaCppEngine
+from entrypoints.engines.transformers_engine import TransformersEngine
 from entrypoints.errors import UserError
 from entrypoints.prompt import Message
+from entrypoints.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 QUESTIONS = ("你好", "你是谁", "类型#裙*颜色#蓝色*风格#简约", "Write a haiku about the sea.", "1+1等于几？")
 ANSWER_TOKENS = 16
 LIKELIEST = 1000  # compared one by one, all others as one; more say little and take llama.cpp long to tell
-# Mean Kullback-Leibler divergence in nats that a file may have: many times what the demo's toy showed, far below what a
-# wrong tensor, rope or scale does.
-BOUNDS = {"f16": 0.01, "q8_0": 0.02, "q5_k_m": 0.1, "q4_k_m": 0.25, "q4_0": 0.4}
+# Mean Kullback-Leibler divergence in nats that a model may have: many times what the demo's toy showed, far below what
+# a wrong tensor, rope or scale does.
+BOUNDS = {"f16": 0.01, "q8_0": 0.02, "q5_k_m": 0.1, "q4_k_m": 0.25, "q4_0": 0.4, "int8": 0.1, "nf4": 0.4}
 MERGED_APART = 1e-3  # of the largest logit: sums in another order, in float32
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A file against its source, at every token of some greedy answers."""
+    """A quantised model against its source, at every token of some greedy answers."""
 
-    divergence: float  # mean KL(source, file) in nats
+    divergence: float  # mean KL(source, quantised) in nats
     same: int  # tokens that the source would have chosen too
     tokens: int
 
@@ -56,11 +58,30 @@ def compare(file: Path, checkpoint: NativeCheckpoint, adapter: Adapter | None = 
     return Comparison(sum(divergences) / len(divergences), same, sum(map(len, answers)))
 
 
+@torch.inference_mode()
+def compare_folder(folder: Path, checkpoint: NativeCheckpoint) -> Comparison:
+    """The same for a folder in fewer bits, in transformers; all of its odds are compared."""
+    engine = TransformersEngine.load(folder)
+    prompts = [engine.prompt_format.encode([Message("user", text)], engine.tokenizer) for text in QUESTIONS]
+    greedy = Sampling(max_new_tokens=ANSWER_TOKENS, temperature=0)
+    read = [[*prompt, *engine.generate(prompt, greedy)] for prompt in prompts]
+    device = engine.model.get_input_embeddings().weight.device
+    theirs = [engine.model(input_ids=torch.tensor([ids], device=device)).logits[0].cpu() for ids in read]
+    del engine
+    source = Layerwise(checkpoint)
+    starts = [len(prompt) - 1 for prompt in prompts]
+    hidden = [state[start:] for state, start in zip(source.hidden(read), starts, strict=True)]
+    ours = torch.cat(source.logits(hidden)).double().log_softmax(-1)
+    theirs = torch.cat([rows[start:] for rows, start in zip(theirs, starts, strict=True)]).double().log_softmax(-1)
+    divergence = float((ours.exp() * (ours - theirs)).sum(-1).mean())
+    return Comparison(divergence, int((ours.argmax(-1) == theirs.argmax(-1)).sum()), len(ours))
+
+
 def require_near(found: Comparison, type_: str) -> None:
-    """Raise UserError when the file is further from its source than its type explains; type_: one of BOUNDS."""
+    """Raise UserError when a model is further from its source than its type explains; type_: one of BOUNDS."""
     if not found.divergence <= BOUNDS[type_]:  # NaN is not
         raise UserError(
-            f"the {type_} file is not its source: {found}, the bound is {BOUNDS[type_]}",
+            f"the {type_} model is not its source: {found}, the bound is {BOUNDS[type_]}",
             "use a type with more bits, and check the source's weights",
         )
 

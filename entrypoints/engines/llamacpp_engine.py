@@ -6,6 +6,7 @@ Frequency and presence penalty count the prompt's tokens too, unlike the other e
 """
 
 import logging
+import os
 import secrets
 import tempfile
 import threading
@@ -26,6 +27,7 @@ from entrypoints.sampling import Sampling
 logger = logging.getLogger(__name__)
 PAGE = 256  # llama.cpp rounds a slot's window up to this
 READ_BYTES = 16 << 20
+LOOK_BYTES = 1 << 20
 BATCH = 128  # prompt tokens read in one step; between two steps the other answers go on, and a call can be cancelled
 RANDOM_SEED = (1 << 32) - 1  # what llama.cpp takes for "another one each time"
 ERRORS_ONLY, INFORMATION = 1, 3  # its log levels; at neither does it print what is asked
@@ -75,7 +77,8 @@ class LlamaCppEngine:
                 f"the window is at most {checkpoint.window}, slots at least 1",
             )
         tokens = slots * -(-window // PAGE) * PAGE
-        needed = checkpoint.cache_bytes(tokens) + (0 if in_place else file.stat().st_size)
+        with_shelf = tokens + tokens // slots  # see _start
+        needed = checkpoint.cache_bytes(with_shelf) + (0 if in_place else file.stat().st_size)
         if (available := available_memory()) < needed:
             raise UserError(
                 f"{file} with {slots} slots of {window} tokens needs {needed / 1e9:.1f} GB of memory, "
@@ -86,7 +89,7 @@ class LlamaCppEngine:
         logger.info("loading %s (%s), %d slots of %d tokens, %d threads", file, checkpoint.type, slots, window, threads)
         if not in_place:
             _read_ahead(file)
-        engine = cls(checkpoint, _start(file, tokens, slots, threads, in_place), slots, window)
+        engine = cls(checkpoint, _start(checkpoint, tokens, slots, threads, in_place), slots, window)
         # the first token warms the model up; and a server that is closed before its loop has begun would never end
         list(engine.generate([checkpoint.tokenizer.pad_id], Sampling(max_new_tokens=1)))
         return engine
@@ -172,23 +175,36 @@ def _read_ahead(file: Path) -> None:
     """Bring the file into memory: llama.cpp keeps all of Python waiting while it loads, and /healthz must answer."""
     block = bytearray(READ_BYTES)
     with file.open("rb", buffering=0) as stream:
+        if _in_memory(stream.fileno(), file.stat().st_size):
+            return
         while stream.readinto(block):
             pass
 
 
-def _start(file: Path, tokens: int, slots: int, threads: int, in_place: bool = False) -> object:
+def _in_memory(descriptor: int, size: int) -> bool:
+    """Whether a byte in every LOOK_BYTES can be had without the disk; False where the system does not tell."""
+    byte = [bytearray(1)]
+    try:
+        return all(os.preadv(descriptor, byte, place, os.RWF_NOWAIT) for place in range(0, size, LOOK_BYTES))
+    except (AttributeError, OSError):
+        return False
+
+
+def _start(checkpoint: GgufCheckpoint, tokens: int, slots: int, threads: int, in_place: bool = False) -> object:
     try:
         import xllamacpp
     except ImportError as error:
         raise UserError("this needs the package xllamacpp", "pip install 'glm-entrypoints[quantized]'") from error
     params = xllamacpp.CommonParams()
-    params.model.path = str(file)
+    params.model.path = str(checkpoint.file)
     params.n_ctx = tokens
     params.n_parallel = slots
     params.n_batch = params.n_ubatch = max(BATCH, slots)
     params.ctx_shift = False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.cache_ram_mib = 0  # a slot keeps its last prompt; the 8 GiB beside it would not be seen coming
+    # a slot that goes to another conversation puts what it has read on a shelf of one slot's size, from where any slot
+    # takes what its prompt begins with; llama.cpp's own shelf of 8 GiB would not be seen coming
+    params.cache_ram_mib = max(1, checkpoint.cache_bytes(tokens // slots) >> 20)
     params.fit_params = False  # what was asked for, or an error
     params.offline = True
     params.warmup = False
@@ -206,4 +222,5 @@ def _start(file: Path, tokens: int, slots: int, threads: int, in_place: bool = F
         try:
             return xllamacpp.Server(params)
         except RuntimeError as error:
-            raise UserError(f"llama.cpp cannot load {file} ({error})", "its own words are on stderr") from error
+            told = f"llama.cpp cannot load {checkpoint.file} ({error})"
+            raise UserError(told, "its own words are on stderr") from error

@@ -3,9 +3,14 @@
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from entrypoints.engines.base import Engine
 from entrypoints.errors import UserError
+from entrypoints.settings import LOADS
+
+if TYPE_CHECKING:
+    from entrypoints.checkpoint.native import NativeCheckpoint
 
 PACKAGES = {"transformers": "transformers", "llamacpp": "xllamacpp", "vllm": "vllm"}
 
@@ -23,8 +28,10 @@ def check(
         raise UserError(
             f"the engine {engine} needs the package {PACKAGES[engine]}", "install it, or choose another --engine"
         )
-    if load_in:
-        _check_load_in(engine, adapters)
+    if load_in and engine != "transformers":
+        raise UserError(
+            f"--load-in is not for the engine {engine}", "use --engine transformers; a GGUF file has its own precision"
+        )
     if engine == "llamacpp":
         if adapters:
             raise UserError("a GGUF file cannot take adapters", "merge it in: glm quantize --adapter")
@@ -38,11 +45,10 @@ def check(
     from entrypoints.checkpoint.manifest import refuse_other_base
     from entrypoints.checkpoint.native import open_native
 
-    shape = open_native(model).shape
-    if load_in:
-        from entrypoints.engines.placement import place
-
-        place(shape, device, load_in=load_in)
+    checkpoint = open_native(model, quantised=engine == "transformers")
+    shape = checkpoint.shape
+    if load_in or checkpoint.load_in:
+        _check_bits(checkpoint, load_in, adapters, device)
     opened = {name: open_adapter(path, shape) for name, path in adapters.items()}
     for path in adapters.values():
         refuse_other_base(path, model)
@@ -76,12 +82,16 @@ def load(
     return TransformersEngine.load_for_serving(model, adapters, device, dtype, slots, verify, load_in)
 
 
-def _check_load_in(engine: str, adapters: Mapping[str, Path]) -> None:
-    if engine != "transformers":
+def _check_bits(checkpoint: "NativeCheckpoint", load_in: str | None, adapters: Mapping[str, Path], device: str) -> None:
+    what = "--load-in" if load_in else f"{checkpoint.folder}, stored in fewer bits,"
+    if load_in and checkpoint.load_in:
         raise UserError(
-            f"--load-in is not for the engine {engine}", "use --engine transformers; a GGUF file has its own precision"
+            f"{checkpoint.folder} is stored in {LOADS[checkpoint.load_in]} bits already", "leave out --load-in"
         )
     if adapters:
-        raise UserError("--load-in takes no --adapter", "merge a LoRA first: glm export ADAPTER OUT --base DIR")
+        raise UserError(f"{what} takes no --adapter", "merge a LoRA first: glm export ADAPTER OUT --base DIR")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("--load-in needs the package bitsandbytes", "pip install 'glm-entrypoints[qlora]'")
+        raise UserError(f"{what} needs the package bitsandbytes", "pip install 'glm-entrypoints[qlora]'")
+    from entrypoints.engines.placement import place
+
+    place(checkpoint.shape, device, load_in=load_in or checkpoint.load_in, stored=load_in is None)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -9,6 +10,12 @@ import psutil
 from entrypoints.errors import UserError
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+# of the newer and the older kind of control group: limit, what counts against it, and how memory.stat names the whole
+MEMORY_FILES = (
+    ("memory.max", "memory.current", ""),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
 PROCESSOR = Path("/proc/cpuinfo")
 LLAMA_CPP_FLAGS = ("avx2", "bmi2", "f16c", "fma")  # what xllamacpp's x86 build is compiled for
 
@@ -19,16 +26,21 @@ def available_memory() -> int:
     A control group counts files that were read or written as used, though they give way: a model just made is one.
     """
     available = psutil.virtual_memory().available
-    for limit, used, detail, prefix in (
-        ("memory.max", "memory.current", "memory.stat", ""),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
-    ):
-        text = _content(limit)
-        if text and text != "max":
-            counts = dict(line.split() for line in _content(detail).splitlines())
-            files = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-            available = min(available, max(0, int(text) - int(_content(used)) + files))
+    for level in _levels("memory"):
+        for limit, used, prefix in MEMORY_FILES:
+            text = _content(level / limit)
+            if text and text != "max":
+                counts = dict(line.split() for line in _content(level / "memory.stat").splitlines())
+                files = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                available = min(available, max(0, int(text) - int(_content(level / used)) + files))
     return available
+
+
+def memory_limit() -> int | None:
+    """Bytes that the control groups around this process let it take in all; None where the machine is the limit."""
+    texts = [_content(level / limit) for level in _levels("memory") for limit, _, _ in MEMORY_FILES]
+    limits = [int(text) for text in texts if text and text != "max"]
+    return min((limit for limit in limits if limit < psutil.virtual_memory().total), default=None)
 
 
 def available_cpus() -> int:
@@ -37,11 +49,12 @@ def available_cpus() -> int:
     A quota of 2.5 counts as 2: a third thread would spend most of its time stopped, and the others wait for it.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period = (_content("cpu.max") or "max").partition(" ")[::2]
-    if quota == "max":  # no limit, or the older kind of control group
-        quota, period = _content("cpu/cpu.cfs_quota_us") or "-1", _content("cpu/cpu.cfs_period_us") or "100000"
-    if int(quota) > 0:
-        count = min(count, int(quota) // int(period))
+    for level in _levels("cpu"):
+        quota, period = (_content(level / "cpu.max") or "max").partition(" ")[::2]
+        if quota == "max":  # no limit, or the older kind of control group
+            quota, period = _content(level / "cpu.cfs_quota_us") or "-1", _content(level / "cpu.cfs_period_us")
+        if int(quota) > 0:
+            count = min(count, int(quota) // int(period or 100_000))
     return max(1, count)
 
 
@@ -64,6 +77,21 @@ def require_processor() -> None:
         )
 
 
-def _content(name: str) -> str:
-    file = CONTROL_GROUP / name
+def _levels(controller: str) -> Iterator[Path]:
+    """Folders with this process's limits: those of its own control group and of each above it, as every limit counts.
+
+    Inside a container the topmost folder is the container's; what /proc names may be its path on the host then.
+    """
+    if not MEMBERSHIP.is_file():
+        return
+    for line in MEMBERSHIP.read_text().splitlines():
+        _, kinds, path = line.split(":", 2)
+        if kinds and controller not in kinds.split(","):
+            continue
+        root = CONTROL_GROUP / controller if kinds else CONTROL_GROUP  # the newer kind has all in one tree
+        own = root / path.lstrip("/")
+        yield from (level for level in (own, *own.parents) if level.is_relative_to(root))
+
+
+def _content(file: Path) -> str:
     return file.read_text().strip() if file.is_file() else ""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from entrypoints.checkpoint.layout import Shape, tensors
+from entrypoints.checkpoint.layout import BLOCK, Shape, tensors
 from entrypoints.engines.driver import check_driver
-from entrypoints.engines.machine import available_memory, processor_flags
+from entrypoints.engines.machine import available_cpus, available_memory, processor_flags
 from entrypoints.errors import UserError
 from entrypoints.settings import LOADS
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTISING = 12  # bytes for each number of the largest matrix, while a processor makes 8 or 4 bits of several
 HEADROOM = 1.1  # weights and what a short conversation needs beside them
 NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}  # flags of x86 and Arm in /proc/cpuinfo
 
@@ -37,20 +38,27 @@ class Placement:
         return f"{', '.join(dict.fromkeys(self.device_map.values()))} in {str(self.dtype).removeprefix('torch.')}"
 
 
-def place(shape: Shape, device: str = "auto", dtype: str = "auto", load_in: str | None = None) -> Placement:
-    """Decide for this machine; raises UserError, before any loading, when device or memory are not there."""
+def place(
+    shape: Shape, device: str = "auto", dtype: str = "auto", load_in: str | None = None, stored: bool = False
+) -> Placement:
+    """Decide for this machine; raises UserError, before any loading, when device or memory are not there.
+
+    stored: its files are in as few bits as `load_in` says, so nothing is made smaller on the way.
+    """
     kind = _kind(device)
-    if load_in and kind != "cuda":
+    if load_in and kind == "mps":
         raise UserError(
-            f"--load-in {load_in} needs a CUDA device: bitsandbytes computes there",
-            "elsewhere use a GGUF file: glm quantize",
+            f"bitsandbytes does not compute in {LOADS[load_in]} bits on mps",
+            "use a GGUF file: glm quantize DIR OUT.gguf; or --device cpu",
         )
     chosen = _dtype(kind, dtype)
-    stored = loaded_bytes(shape, load_in, chosen.itemsize) if load_in else weight_bytes(shape, chosen.itemsize)
-    needed = int(stored * HEADROOM)
+    weights = loaded_bytes(shape, load_in, chosen.itemsize) if load_in else weight_bytes(shape, chosen.itemsize)
+    needed = int(weights * HEADROOM)
     if kind == "cuda":
         free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
         return Placement(spread(shape, gpus_needed(needed, free)), chosen)
+    if kind == "cpu" and load_in and not stored:
+        needed = max(needed, weights + quantising_bytes(shape))
     if kind == "cpu" and (available := available_memory()) < needed:
         raise UserError(
             f"the model needs {needed / 1e9:.1f} GB of memory in {chosen}, {available / 1e9:.1f} GB are available",
@@ -68,7 +76,15 @@ def loaded_bytes(shape: Shape, load_in: str, itemsize: int) -> int:
     """The same with the matrices inside the layers in 8 or 4 bits; embedding and output layer stay as they are."""
     layers = [entry for entry in tensors(shape) if entry.columns and ".layers." in entry.native[0]]
     small = sum(torch.Size(entry.shape).numel() for entry in layers)
-    return weight_bytes(shape, itemsize) - small * itemsize + small * LOADS[load_in] // 8
+    scales = small // BLOCK * 4 if LOADS[load_in] == 4 else 0  # in 8 bits each row has one, which is nothing
+    return weight_bytes(shape, itemsize) - small * itemsize + small * LOADS[load_in] // 8 + scales
+
+
+def quantising_bytes(shape: Shape) -> int:
+    """Bytes that a processor needs beside the result, to make the matrices of the layers smaller."""
+    return QUANTISING * max(
+        torch.Size(entry.shape).numel() for entry in tensors(shape) if ".layers." in entry.native[0]
+    )
 
 
 def in_fewer_bits(bits: int, compute: torch.dtype, double: bool = False) -> "BitsAndBytesConfig":
@@ -133,7 +149,7 @@ def _dtype(kind: str, dtype: str) -> torch.dtype:
 def devices() -> list[tuple[str, str]]:
     """What this machine computes on, each with a description: the processor, then every GPU or why there is none."""
     bf16 = "yes" if cpu_computes_bf16() else "no"
-    found = [("processor", f"{torch.get_num_threads()} threads, bfloat16 in hardware: {bf16}")]
+    found = [("processor", f"bfloat16 in hardware: {bf16}")]
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)
@@ -144,6 +160,11 @@ def devices() -> list[tuple[str, str]]:
         cuda_build = "" if torch.version.cuda is None else ", though this torch is a CUDA build: check the driver"
         found.append(("gpu", f"none{cuda_build}"))
     return found
+
+
+def share_processors() -> None:
+    """Let torch compute with as many threads as this process may use: it does not see a control group's quota."""
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
 
 
 def cpu_computes_bf16() -> bool:

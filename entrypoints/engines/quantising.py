@@ -1,7 +1,8 @@
 """From a converted checkpoint to a checked GGUF file: LoRA merged, columns weighed, written, compared, then named."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,18 +10,20 @@ import numpy as np
 
 from entrypoints.checkpoint import ggml
 from entrypoints.checkpoint.adapters import Adapter, open_adapter
+from entrypoints.checkpoint.gguf import WEIGHED
 from entrypoints.checkpoint.gguf_writing import Extras, refuse_adapter_alone, refuse_target, write_gguf
+from entrypoints.checkpoint.layout import tensors
 from entrypoints.checkpoint.manifest import refuse_other_base
 from entrypoints.checkpoint.native import NativeCheckpoint, open_native
 from entrypoints.dataset.reading import Example
 from entrypoints.engines.gguf_check import Comparison, compare, require_merged, require_near
 from entrypoints.engines.importance import importance
-from entrypoints.engines.machine import available_cpus, require_processor
+from entrypoints.engines.machine import available_cpus, available_memory, require_processor
 from entrypoints.errors import UserError
 
 logger = logging.getLogger(__name__)
-WEIGHED = ("q4_0", "q4_k_m", "q5_k_m")  # types that an importance matrix changes
 ROW_TOKENS = 512  # of each side of a row
+WORK = 200_000_000  # bytes for the rows that are being made smaller, and for llama.cpp to answer in
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,15 @@ class Order:
     rows_from: str = ""
 
 
-def quantise(order: Order) -> tuple[int, Comparison]:
+def quantise(order: Order, finished: Callable[[Path], object] | None = None) -> tuple[int, Comparison]:
     """Write and check the file; returns its size in bytes and how near it is.
 
+    finished: called with the checked file before it gets its name.
     Raises UserError for what cannot be made, and when the file is not its source; then nothing is left.
     """
     _refuse(order)
     checkpoint, adapter = open_native(order.folder), None
+    _require_memory(checkpoint)
     if order.adapter:
         adapter = open_adapter(order.adapter, checkpoint.shape)
         refuse_other_base(order.adapter, order.folder)
@@ -52,6 +57,8 @@ def quantise(order: Order) -> tuple[int, Comparison]:
     def check(file: Path) -> None:
         found.append(compare(file, checkpoint, adapter))
         require_near(found[0], order.type)
+        if finished:
+            finished(file)
 
     extras = Extras(adapter, weights, order.rows_from, available_cpus())
     size = write_gguf(order.folder, order.target, order.type, extras, check)
@@ -66,6 +73,18 @@ def _refuse(order: Order) -> None:
         raise UserError(f"--imatrix needs llama.cpp's quantiser: {missing}", "leave it out")
     refuse_target(order.target)
     refuse_adapter_alone(order.folder)
+
+
+def _require_memory(checkpoint: NativeCheckpoint) -> None:
+    """Not that of the model: one finished tensor in half precision and, for the check, one layer in float32."""
+    sizes = {entry.native[0]: math.prod(entry.shape) for entry in tensors(checkpoint.shape)}
+    layer = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
+    needed = 4 * layer + 2 * max(sizes.values()) + WORK
+    if (free := available_memory()) < needed:
+        raise UserError(
+            f"quantising {checkpoint.folder} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available",
+            "free memory, or raise the container's limit",
+        )
 
 
 def _weights(order: Order, checkpoint: NativeCheckpoint, adapter: Adapter | None) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     GlmForCausalLM,
@@ -29,7 +30,7 @@ from entrypoints.checkpoint.tokenizer import Tokenizer
 from entrypoints.engines.base import Token
 from entrypoints.engines.continuous import ContinuousBatcher, with_shared_weights
 from entrypoints.engines.logits import Penalties, Recorder, SeededChoice, refuse_broken_numbers
-from entrypoints.engines.placement import Placement, in_fewer_bits, place
+from entrypoints.engines.placement import Placement, in_fewer_bits, place, share_processors
 from entrypoints.engines.prefix import PrefixedGlm
 from entrypoints.errors import UserError
 from entrypoints.prompt import PromptFormat
@@ -91,14 +92,15 @@ class TransformersEngine:
         load_in: str | None = None,
     ) -> "TransformersEngine":
         """Check and load a native checkpoint and adapters to choose from by name; raises UserError as `load` does."""
-        checkpoint = open_native(folder, verify=verify)
+        checkpoint = open_native(folder, verify=verify, quantised=True)
+        load_in = checkpoint.load_in or load_in
         opened = {name: open_adapter(path, checkpoint.shape) for name, path in adapters.items()}
         for path in adapters.values():
             refuse_other_base(path, folder)
-        placement = place(checkpoint.shape, device, dtype, load_in)
+        placement = place(checkpoint.shape, device, dtype, load_in, stored=checkpoint.load_in is not None)
         logger.info("loading %s on %s", folder, placement)
         engine = cls(
-            _load_model(folder, placement, load_in),
+            load_model(folder, placement, load_in),
             checkpoint.tokenizer,
             checkpoint.prompt_format,
             checkpoint.shape.window,
@@ -252,14 +254,23 @@ class _IdStreamer(BaseStreamer):
         return item
 
 
-def _load_model(folder: Path, placement: Placement, load_in: str | None) -> GlmForCausalLM:
+def load_model(folder: Path, placement: Placement, load_in: str | None) -> GlmForCausalLM:
+    """The model of a native folder; load_in: in fewer bits, whether its files are or not."""
     transformers_logging.disable_progress_bar()
+    share_processors()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    bits = in_fewer_bits(LOADS[load_in], placement.dtype) if load_in else None
+    if hasattr(config, "quantization_config"):  # stored so: what is said beside the folder would be ignored
+        config.quantization_config, bits = bits.to_dict(), None
+    if load_in:  # it says at every matrix of every token that it rounds what it multiplies
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
+        config=config,
         dtype=placement.dtype,
         device_map=placement.device_map,
         local_files_only=True,
-        quantization_config=in_fewer_bits(LOADS[load_in], placement.dtype) if load_in else None,
+        quantization_config=bits,
     )
     model.generation_config = GenerationConfig()  # every request says what it wants; nothing is inherited unseen
     return model

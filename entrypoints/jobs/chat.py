@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, help="overrides DEVICE")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the weights")
     parser.add_argument(
-        "--load-in", choices=LOADS, help="let bitsandbytes make the weights smaller as they load (CUDA)"
+        "--load-in", choices=LOADS, help="let bitsandbytes make the weights smaller as they load (CUDA, CPU)"
     )
     parser.add_argument("--verify", action="store_true", help="check every file's hash before loading")
     parser.add_argument("--prompt", help="ask this once and end")

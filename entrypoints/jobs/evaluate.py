@@ -53,12 +53,14 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         raise UserError("no model is named", "add --model DIR or set MODEL_PATH")
     _refuse_low_numbers(args)
     from entrypoints import evaluation, scoring
-    from entrypoints.checkpoint.native import open_native
     from entrypoints.dataset.reading import Columns, column_counts, examples, read_rows
+    from entrypoints.engines.loading import check
     from entrypoints.sampling import Sampling
 
-    open_native(Path(model))  # what is wrong with the folder shows now, not after the rows
     adapter = args.adapter or settings.adapter_path or None
+    device = args.device or settings.device
+    # what is wrong with the model shows now, not after the rows
+    check("transformers", Path(model), {"adapter": Path(adapter)} if adapter else {}, device=device)
     origin = _training_origin(Path(adapter or model))
     file_rows = read_rows(args.test_file, args.encoding)
     columns = Columns(**{**origin.get("columns", {}), **_given_columns(args)})
@@ -74,9 +76,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
     from entrypoints.engines.transformers_engine import TransformersEngine
 
-    engine = TransformersEngine.load(
-        Path(model), Path(adapter) if adapter else None, args.device or settings.device, args.dtype
-    )
+    engine = TransformersEngine.load(Path(model), Path(adapter) if adapter else None, device, args.dtype)
     rows = rows[: args.max_predict_samples]
     predictions = evaluation.predict(engine, rows, sampling, source, args.per_device_eval_batch_size)
     scores = evaluation.evaluate(

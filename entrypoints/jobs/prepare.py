@@ -7,12 +7,16 @@ Safe to run again and twice at once; an interrupted download goes on. Prints wha
 
 import argparse
 import importlib.util
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from entrypoints.checkpoint.gguf import TYPES
 from entrypoints.checkpoint.hub import SOURCES
 from entrypoints.errors import UserError
 from entrypoints.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Fill the store, and print the folder and the file."""
-    if args.quantize and importlib.util.find_spec("gguf") is None:
-        raise UserError("--quantize needs the package gguf", "pip install 'glm-entrypoints[quantized]'")
+    for package in ("gguf", "xllamacpp") if args.quantize else ():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"--quantize needs the package {package}", "pip install 'glm-entrypoints[quantized]'")
     from entrypoints.checkpoint import store
 
     folder = store.fill(args.store, args.model, args.look_in, args.source, settings, _make_demo)
-    file = store.quantized(folder, args.quantize) if args.quantize else None
+    file = store.quantized(folder, args.quantize, _quantise) if args.quantize else None
     print(*filter(None, (folder, file)), sep="\n")
+
+
+def _quantise(folder: Path, target: Path, type_: str, finished: Callable[[Path], object]) -> None:
+    from entrypoints.engines.quantising import Order, quantise
+
+    size, found = quantise(Order(folder, target, type_), finished)
+    logger.info("%s: %.0f MB, %s", target, size / 1e6, found)
 
 
 def _make_demo(folder: Path) -> Path:

@@ -1,27 +1,36 @@
 """Write a converted checkpoint as one GGUF file, whole (f16) or in 8, 5 or 4 bits, which runs without a GPU.
 
-The file is loaded before it gets its name: its greedy answers and its odds are compared with the source's, and one
-that is too far from it is not kept. Prints the file; `glm chat --model FILE.gguf` talks to it.
+Types int8 and nf4 make a folder in place of a file, for transformers and bitsandbytes, on GPUs above all.
+What is made is loaded before it gets its name: its greedy answers and its odds are compared with the source's, and
+what is too far from it is not kept. Prints the name; `glm chat --model OUT` talks to it.
 """
 
 import argparse
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from entrypoints.checkpoint.gguf import TYPES
+from entrypoints.checkpoint.gguf import TYPES, WEIGHED
+from entrypoints.checkpoint.layout import FOLDER_TYPES
 from entrypoints.dataset.reading import Columns, Example, examples, read_rows
 from entrypoints.errors import UserError
 from entrypoints.settings import Settings
+
+if TYPE_CHECKING:
+    from entrypoints.engines.gguf_check import Comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `glm quantize`."""
     columns = Columns()
     parser.add_argument("folder", type=Path, metavar="DIR", help="converted checkpoint, as glm convert writes it")
-    parser.add_argument("target", type=Path, metavar="OUT.gguf", help="file to write; appears whole or not at all")
+    parser.add_argument("target", type=Path, metavar="OUT", help="OUT.gguf, or a folder; appears whole or not at all")
     parser.add_argument(
-        "--type", choices=TYPES, default="q4_0", help="4, 5 or 8 bits for most weights, or 16 as it was trained"
+        "--type",
+        choices=(*TYPES, *FOLDER_TYPES),
+        default="q4_0",
+        help=f"4, 5 or 8 bits for most weights, or 16 as it was trained; {', '.join(FOLDER_TYPES)} make a folder",
     )
     parser.add_argument("--adapter", type=Path, help="converted LoRA to merge in")
     parser.add_argument("--imatrix", type=Path, metavar="ROWS", help="rows of yours that say which weights matter most")
@@ -31,19 +40,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
-    """Write, check, print the file; on stderr its size and how near it is to its source."""
+    """Write, check, print the name; on stderr the size and how near it is to its source."""
     if args.folder.suffix == ".gguf":
         raise UserError(f"{args.folder} is quantised already", "name the converted checkpoint it was made from")
-    for package in ("gguf", "xllamacpp"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"this needs the package {package}", "pip install 'glm-entrypoints[quantized]'")
+    size, found = _folder(args) if args.type in FOLDER_TYPES else _file(args)
+    print(args.target)
+    print(f"{size / 1e6:,.0f} MB, {found}", file=sys.stderr)
+
+
+def _file(args: argparse.Namespace) -> "tuple[int, Comparison]":
+    _require("quantized", "gguf", "xllamacpp")
     rows = _rows(args)
     from entrypoints.engines.quantising import Order, quantise
 
     source = args.imatrix.name if args.imatrix else ""
-    size, found = quantise(Order(args.folder, args.target, args.type, args.adapter, rows, source))
-    print(args.target)
-    print(f"{size / 1e6:,.0f} MB, {found}", file=sys.stderr)
+    return quantise(Order(args.folder, args.target, args.type, args.adapter, rows, source))
+
+
+def _folder(args: argparse.Namespace) -> "tuple[int, Comparison]":
+    if args.imatrix:
+        raise UserError(f"--imatrix changes nothing with --type {args.type}", f"it is for {', '.join(WEIGHED)}")
+    if args.adapter:
+        raise UserError(
+            f"--type {args.type} takes no --adapter", "merge a LoRA first: glm export ADAPTER OUT --base DIR"
+        )
+    if args.target.suffix == ".gguf":
+        raise UserError(f"--type {args.type} makes a folder, {args.target} names a file", "leave out .gguf")
+    _require("qlora", "bitsandbytes", "transformers")
+    from entrypoints.engines.quantised_folder import quantise_folder
+
+    return quantise_folder(args.folder, args.target, args.type)
+
+
+def _require(extra: str, *packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"this needs the package {package}", f"pip install 'glm-entrypoints[{extra}]'")
 
 
 def _rows(args: argparse.Namespace) -> list[Example]:

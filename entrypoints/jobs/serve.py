@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights"
     )
-    model.add_argument("--load-in", choices=LOADS, help="let bitsandbytes make the weights smaller as they load (CUDA)")
+    model.add_argument(
+        "--load-in", choices=LOADS, help="let bitsandbytes make the weights smaller as they load (CUDA, CPU)"
+    )
     model.add_argument("--slots", type=int, default=4, help="answers generated at the same time")
     model.add_argument("--verify", action="store_true", help="check every file's hash before loading")
     service = parser.add_argument_group("service")

@@ -164,21 +164,25 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
 def _take_part(arguments: object, args: argparse.Namespace, tests: list) -> None:
     """One process of several; the one that started them proves the result, or rank 0 where torchrun was called."""
-    from entrypoints.training import launch
+    from entrypoints.training import launch, preflight
     from entrypoints.training.trainer import train
 
+    launch.end_with_launcher()
+    preflight.refuse_small_shared_memory(launch.beside(os.environ))
     main, answers = launch.is_main(os.environ), os.dup(1)
     os.dup2(2, 1)  # DeepSpeed prints
     if not main:
         logging.getLogger().setLevel(logging.ERROR)
+    alone = main and not args.started_by_glm
     try:
+        before = _rehearse(arguments, args, tests) if alone else []
         train(arguments)
     except UserError as error:
         if args.started_by_glm and launch.report(error, os.environ):
             raise SystemExit(1) from None
         raise
-    if main and not args.started_by_glm:
-        _prove(arguments, args, tests)
+    if alone:
+        _prove(arguments, args, tests, before)
         os.write(answers, f"{args.output_dir}\n".encode())
 
 

@@ -5,6 +5,8 @@ torchrun itself when there is more than one process to run: on one machine with 
 that Kubernetes or the user names.
 """
 
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -25,6 +27,7 @@ SHUTDOWN_SECONDS = 1800  # a save of the whole state must end before torchrun ki
 CONSEQUENCE_SECONDS = 3600  # what torchrun takes for the first failure must be the cause
 # What gloo and NCCL say when a process at the other end is gone.
 LOST = ("connection reset", "connection closed", "broken pipe", "remote process exited", "socket timeout", "heartbeat")
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal a process gets when the one that started it is gone
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # Who names the number of machines and this one's place among them, in this order: torchrun's own words, an Indexed
 # Job, and the PyTorchJob of Kubeflow, where WORLD_SIZE and RANK count pods.
@@ -102,10 +105,13 @@ def start(layout: Layout, words: Sequence[str]) -> None:
 
     Raises UserError with what the first process to fail said, SystemExit or KeyboardInterrupt when told to stop.
     """
+    import torch
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    gc.collect()
+    torch.cuda.empty_cache()  # the base model has answered here: its memory belongs to the processes now
     os.environ.setdefault("OMP_NUM_THREADS", f"{max(1, available_cpus() // layout.per_node)}")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said below
     command = [*layout.torchrun_words(), "-m", "entrypoints", "train", *words]
@@ -124,6 +130,17 @@ def start(layout: Layout, words: Sequence[str]) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def beside(env: Mapping[str, str]) -> int:
+    """Processes of the run on this machine, as torchrun or the deepspeed launcher tells each of them."""
+    return int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or "1")
+
+
+def end_with_launcher() -> None:
+    """Get SIGTERM, which saves and ends, when the launcher is killed and cannot pass one on."""
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):  # Linux alone has it
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def is_loss(error: RuntimeError) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments  # noqa: F401 - tests stop the loading here
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from entrypoints.training import methods
@@ -29,9 +30,10 @@ def train(arguments: TrainArguments) -> Path:
     Raises UserError, before the model is loaded, for everything that can be known by then.
     """
     prepared = prepare(arguments, int(os.environ.get("WORLD_SIZE", "1")) if is_worker(os.environ) else 1)
-    trainer = _trainer(arguments, prepared)
+    trainer = made(arguments, prepared)
     _run(trainer, prepared.resumed)
     del trainer
+    unset_hf_deepspeed_config()  # ZeRO-3 would divide the result too when it is loaded to answer
     torch.cuda.empty_cache()  # whoever loads the result needs the memory that the optimizer had
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -59,7 +61,8 @@ def _run(trainer: GlmTrainer, resumed: Checkpoint | None) -> None:
     trainer.save_result()
 
 
-def _trainer(arguments: TrainArguments, prepared: Prepared) -> GlmTrainer:
+def made(arguments: TrainArguments, prepared: Prepared) -> GlmTrainer:
+    """The loop of a run with its model loaded, one step from its start."""
     transformers_logging.disable_progress_bar()
     dtype = compute_dtype(prepared.precision)
     # made first: where ZeRO-3 divides the weights, loading asks it how
@@ -105,6 +108,7 @@ def _settings(arguments: TrainArguments, prepared: Prepared) -> dict:
         "ddp_find_unused_parameters": False,
         "deepspeed": prepared.deepspeed,
         "eval_strategy": "epoch" if prepared.validation else "no",
+        "label_names": ["labels"],  # the Trainer would look for them in a signature, which a prefix's does not show
         "learning_rate": arguments.rate,
         "max_steps": arguments.max_steps or -1,
         "logging_nan_inf_filter": False,

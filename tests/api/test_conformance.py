@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from scripted_engine import wait_until
 
 CHAT = "/v1/chat/completions"
 TOOL = {
@@ -166,16 +167,16 @@ def test_concurrent_answers_equal_serial_ones(client):
 
 
 def test_health_answers_while_all_slots_are_busy(client, server):
-    """D1; 100 ms are promised, a second is asserted: other tests may use the same cores."""
+    """D1; a thousand times during these answers, where nothing else uses the cores."""
     with ThreadPoolExecutor(4) as pool:
         busy = [pool.submit(text_of, client, question, max_tokens=300) for question in QUESTIONS[:4]]
-        times = []
+        begun, times = time.monotonic(), []
         while not all(one.done() for one in busy):
             start = time.monotonic()
             assert server.request("GET", "/healthz")[0] == 200
             times.append(time.monotonic() - start)
         assert len(times) >= 3
-        assert max(times) < 1, times
+        assert max(times) < (time.monotonic() - begun) / 2, times
 
 
 def test_a_prompt_over_the_window_is_refused_and_the_next_one_answered(client):
@@ -199,6 +200,9 @@ def test_an_answer_ends_at_the_windows_end(client):
 def test_the_slots_are_free_soon_after_the_callers_left(server, stream):
     """D7."""
     body = {"messages": user("裙子"), "temperature": 0, "max_tokens": 900, "stream": stream}
+    start = time.monotonic()
+    server.post(CHAT, {**body, "max_tokens": 300, "stream": False})
+    a_third_of_one = time.monotonic() - start
     for _ in range(4):
         if stream:
             with server.stream(CHAT, body) as response:
@@ -207,7 +211,7 @@ def test_the_slots_are_free_soon_after_the_callers_left(server, stream):
             server.leave(CHAT, body, seconds=0.1)
     start = time.monotonic()
     while server.metric("glm_running") + server.metric("glm_queue_length"):
-        assert time.monotonic() - start < 2, "a slot is still taken"
+        assert time.monotonic() - start < a_third_of_one, "a slot is still taken"
     assert server.post(CHAT, {**body, "max_tokens": 2, "stream": False})["usage"]["completion_tokens"] == 2
 
 
@@ -284,7 +288,7 @@ def test_completions_continue_and_stream_alike(client):
 
 
 def test_nothing_of_all_this_left_a_trace_of_an_error(server):
-    assert server.metric("glm_running") == server.metric("glm_queue_length") == 0
+    wait_until(lambda: server.metric("glm_running") == server.metric("glm_queue_length") == 0)
     assert "Traceback" not in server.log
     assert "ERROR" not in server.log
     assert not [

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from scripted_engine import wait_until
 from serving_process import GLM, SCRIPTED
 
 from entrypoints.api.auth import digest
@@ -33,7 +34,7 @@ def said(body):
 
 def refused(*flags, script=SCRIPTED, env=None):
     """Run the command, which must refuse; its one line of error."""
-    done = subprocess.run([*map(str, script), *map(str, flags)], capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run([*map(str, script), *map(str, flags)], capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -96,31 +97,30 @@ def test_a_signal_lets_running_answers_end_whole(scripted, number):
     server = scripted("--slots", "2").wait_ready()
     with ThreadPoolExecutor(3) as pool:
         asked = [
-            pool.submit(server.request, "POST", CHAT, question("count 40 0.03", stream=stream))
+            pool.submit(server.request, "POST", CHAT, question("count 40 0.08", stream=stream))
             for stream in (True, True, False)
         ]
-        while server.metric("glm_running") < 2 or not server.metric("glm_queue_length"):
-            time.sleep(0.01)
+        wait_until(lambda: server.metric("glm_running") == 2 and server.metric("glm_queue_length"))
         server.signal(number)
         first, second, whole = (one.result() for one in asked)
     assert said(first[2]) == said(second[2]) == ("0123456789" * 4, True)
     assert json.loads(whole[2])["choices"][0]["message"]["content"] == "0123456789" * 4, "also one that waited"
-    assert server.wait(10) == 0
+    assert server.wait() == 0
     assert "Traceback" not in server.log
 
 
 def test_while_it_drains_nobody_new_is_let_in(scripted):
     server = scripted().wait_ready()
-    with server.stream(CHAT, question("count 40 0.03", stream=True)) as running:
+    with server.stream(CHAT, question("count 40 0.08", stream=True)) as running:
         running.readline()
         server.signal()
         server.wait_for("no new requests; 1 answers go on")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         with pytest.raises(OSError):  # it stops listening: a balancer sees that at once
             while time.monotonic() < deadline:
-                assert server.request("GET", "/readyz", seconds=5)[0] == 503
+                assert server.request("GET", "/readyz")[0] == 503
         assert said(running.read())[1]
-    assert server.wait(10) == 0
+    assert server.wait() == 0
 
 
 def test_the_drain_has_an_end_and_tells_those_it_cuts(scripted):
@@ -130,13 +130,12 @@ def test_the_drain_has_an_end_and_tells_those_it_cuts(scripted):
             pool.submit(server.request, "POST", CHAT, question("count 1000 0.05", stream=stream))
             for stream in (True, False)
         ]
-        while not (server.metric("glm_running") and server.metric("glm_queue_length")):
-            time.sleep(0.01)
+        wait_until(lambda: server.metric("glm_running") and server.metric("glm_queue_length"))
         start = time.monotonic()
         server.signal()
         streamed, whole = (one.result() for one in asked)
-    assert server.wait(10) == 0
-    assert 0.9 < time.monotonic() - start < 5
+    assert server.wait() == 0
+    assert 0.9 < time.monotonic() - start < 40  # the answers would take 50
     last = streamed[2].removesuffix(b"\n\n").split(b"\n\n")[-1].removeprefix(b"data: ")
     assert json.loads(last)["error"]["code"] == "shutting_down"
     assert (whole[0], json.loads(whole[2])["error"]["code"]) == (503, "shutting_down")
@@ -146,16 +145,13 @@ def test_the_drain_has_an_end_and_tells_those_it_cuts(scripted):
 @pytest.mark.parametrize("env", [{}, {"SCRIPTED_STUBBORN": "1"}], ids=["between tokens", "inside a long step"])
 def test_a_second_signal_ends_at_once(scripted, env):
     server = scripted(env=env).wait_ready()
-    with server.stream(CHAT, question("count 100 20", stream=True)) as running:
+    with server.stream(CHAT, question("count 100 200", stream=True)) as running:
         running.readline()
-        while server.metric("glm_running") < 1:
-            time.sleep(0.01)
+        wait_until(lambda: server.metric("glm_running"))
         server.signal()
         server.wait_for("no new requests")
-        start = time.monotonic()
         server.signal()
-        assert server.wait(10) == 128 + signal.SIGTERM
-        assert time.monotonic() - start < 3
+        assert server.wait() == 128 + signal.SIGTERM  # a token takes longer than it waits
 
 
 def test_a_port_in_use_is_a_users_mistake(toy_native):
@@ -186,21 +182,20 @@ def test_flags_that_cannot_work_are_refused(flags, words, toy_native):
 
 
 def test_a_model_that_is_none_is_refused_before_anything_is_loaded(tmp_path):
-    start = time.monotonic()
     assert "config.json" in refused("serve", "--model", tmp_path, script=GLM)
     assert "is no folder" in refused("serve", "--model", tmp_path / "none", script=GLM)
-    assert time.monotonic() - start < 60
 
 
 def test_without_a_model_it_says_how_to_name_one(tmp_path):
     assert "set MODEL_PATH" in refused("serve", script=GLM, env={"PATH": "/usr/bin"})
 
 
-@pytest.mark.parametrize(("kind", "code"), [("user", 1), ("defect", 1)])
-def test_a_failed_load_ends_the_process(scripted, kind, code):
-    server = scripted(env={"SCRIPTED_LOAD_SECONDS": "0.5", "SCRIPTED_LOAD_ERROR": kind})
+@pytest.mark.parametrize("kind", ["user", "defect"])
+def test_a_failed_load_ends_the_process(scripted, kind, tmp_path):
+    server = scripted(env={"SCRIPTED_GATE": str(tmp_path / "gate"), "SCRIPTED_LOAD_ERROR": kind})
     assert server.request("GET", "/healthz")[0] == 200
-    assert server.wait(10) == code
+    (tmp_path / "gate").touch()
+    assert server.wait() == 1
     if kind == "user":
         assert "glm: the weights are damaged; fetch them again" in server.log
         assert "Traceback" not in server.log
@@ -210,25 +205,26 @@ def test_a_failed_load_ends_the_process(scripted, kind, code):
 
 def test_a_load_that_fails_at_once_ends_the_process_too(scripted):
     server = scripted(env={"SCRIPTED_LOAD_ERROR": "user"})
-    assert server.wait(10) == 1
+    assert server.wait() == 1
     assert "glm: the weights are damaged; fetch them again" in server.log
 
 
-def test_it_is_alive_while_it_loads_and_ready_afterwards(scripted):
-    server = scripted(env={"SCRIPTED_LOAD_SECONDS": "1"})
+def test_it_is_alive_while_it_loads_and_ready_afterwards(scripted, tmp_path):
+    server = scripted(env={"SCRIPTED_GATE": str(tmp_path / "gate")})
     assert server.request("GET", "/healthz")[0] == 200
     status, headers, body = server.request("POST", CHAT, question("say x"))
     assert (status, json.loads(body)["error"]["code"]) == (503, "loading")
     assert headers["retry-after"]
     assert server.request("GET", "/readyz")[0] == 503
+    (tmp_path / "gate").touch()
     assert server.wait_ready().request("POST", CHAT, question("say x"))[0] == 200
 
 
-def test_a_signal_while_it_loads_ends_it(scripted):
-    server = scripted(env={"SCRIPTED_LOAD_SECONDS": "30"})
+def test_a_signal_while_it_loads_ends_it(scripted, tmp_path):
+    server = scripted(env={"SCRIPTED_GATE": str(tmp_path / "never")})
     server.wait_for("Started server process")
     server.signal()
-    assert server.wait(10) == 0
+    assert server.wait() == 0
 
 
 def test_a_full_queue_is_told_and_when_to_come_back(scripted):
@@ -250,7 +246,7 @@ def test_a_failure_midway_is_told_and_the_server_goes_on(scripted):
     for _ in range(3):
         status, headers, body = server.request("POST", CHAT, question("fail 10"))
         assert (status, json.loads(body)["error"]["code"]) == (500, "engine_error")
-        assert headers["x-request-id"] in server.log
+        server.wait_for(headers["x-request-id"])
         status, _, body = server.request("POST", CHAT, question("fail 10", stream=True))
         *pieces, last = body.removesuffix(b"\n\n").split(b"\n\n")
         assert (status, json.loads(last.removeprefix(b"data: "))["error"]["code"]) == (200, "engine_error")
@@ -264,7 +260,7 @@ def test_logs_are_json_if_asked_and_hold_no_prompt_answer_or_key(scripted):
     _, headers, _ = server.request("POST", CHAT, question("say 机密问题"), bearer("glm-one"))
     server.request("POST", CHAT, question("fail 2"), bearer("glm-one"))
     server.signal()
-    assert server.wait(10) == 0
+    assert server.wait() == 0
     records = [json.loads(line) for line in server.log.splitlines()]
     assert len(records) >= 6
     (line,) = [record["message"] for record in records if headers["x-request-id"] in record["message"]]
@@ -284,7 +280,7 @@ def test_a_client_that_never_ends_its_request_holds_no_slot_and_no_health(script
     slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
     for one in slow:
         one.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
-    assert server.request("POST", CHAT, question("say x"), seconds=5)[0] == 200
-    assert server.request("GET", "/healthz", seconds=1)[0] == 200
+    assert server.request("POST", CHAT, question("say x"))[0] == 200
+    assert server.request("GET", "/healthz")[0] == 200
     for one in slow:
         one.close()

@@ -11,6 +11,7 @@ and this has the others, which is steadier on a busy machine. Rounds alternate; 
 
     python tests/bench/serve_bench.py                          both engines, minutes
     python tests/bench/serve_bench.py --engine llamacpp --rounds 5
+    python tests/bench/serve_bench.py --model chatglm3-6b-q4_0.gguf    a file or folder of yours instead
 """
 
 import argparse
@@ -26,12 +27,15 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from serving_process import GLM, Server, serving, take_one_core
+
+from entrypoints.engines.loading import engine_for
 
 STREAMS = (1, 4)
 SLOTS = 8
@@ -60,20 +64,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=96, help="of each answer")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=1024, help="a multiple of 256")
+    parser.add_argument("--model", type=Path, help="measure this GGUF file or converted folder, on its own engine")
     parser.add_argument("--one-core", action="store_true", help="run each model on one core, the same")
     args = parser.parse_args(argv)
-    engines = ("llamacpp", "transformers") if args.engine == "both" else (args.engine,)
     with tempfile.TemporaryDirectory(prefix="serve-bench-") as folder:
-        native, gguf = _models(Path(folder), args.layers, args.width)
-        megabytes = gguf.stat().st_size / 1e6
-        print(f"{args.layers} layers of width {args.width}, {megabytes:.0f} MB as q8_0; {args.tokens} tokens an answer")
-        print(f"{1 if args.one_core else os.cpu_count()} cores for a model; medians of {args.rounds}")
-        for engine in engines:
-            _measure(engine, gguf if engine == "llamacpp" else native, Path(folder), args)
+        if args.model:
+            models = {engine_for(args.model): args.model}
+        else:
+            models = _models(Path(folder), args.layers, args.width)
+            megabytes = models["llamacpp"].stat().st_size / 1e6
+            print(f"{args.layers} layers of width {args.width}, {megabytes:.0f} MB as q8_0")
+        cores = 1 if args.one_core else os.cpu_count()
+        print(f"{args.tokens} tokens an answer; {cores} cores for a model; medians of {args.rounds}")
+        for engine, model in models.items():
+            if args.engine in (engine, "both"):
+                _measure(engine, model, Path(folder), args)
     return 0
 
 
-def _models(folder: Path, layers: int, width: int) -> tuple[Path, Path]:
+def _models(folder: Path, layers: int, width: int) -> dict[str, Path]:
+    """One random model for each engine."""
     from entrypoints.checkpoint.conversion import convert_to_native
     from entrypoints.checkpoint.gguf_writing import write_gguf
     from entrypoints.demo import model
@@ -86,7 +96,7 @@ def _models(folder: Path, layers: int, width: int) -> tuple[Path, Path]:
     model.write_toy(folder / "original", words)
     convert_to_native(folder / "original", folder / "native", PromptFormat())
     write_gguf(folder / "native", folder / "model.gguf", "q8_0")
-    return folder / "native", folder / "model.gguf"
+    return {"llamacpp": folder / "model.gguf", "transformers": folder / "native"}
 
 
 def _measure(engine: str, model: Path, folder: Path, args: argparse.Namespace) -> None:
@@ -94,15 +104,16 @@ def _measure(engine: str, model: Path, folder: Path, args: argparse.Namespace) -
     spawn = multiprocessing.get_context("spawn")
     raw = spawn.Process(target=_raw, args=(engine, model, theirs, args.one_core), daemon=True)
     raw.start()
+    theirs.close()  # else nobody would notice its end
     flags = ["--model", model, "--engine", engine, "--slots", SLOTS, "--served-model-name", "bench"]
     try:
         with serving([*GLM, "serve", *map(str, flags)], folder / f"{engine}.log", None, args.one_core) as server:
             server.wait_ready(300)
-            ours.recv()
+            _hear(ours, raw)
             found: dict[tuple[str, int], list[Run]] = {}
             for number in range(args.rounds + 1):
                 for streams in STREAMS:
-                    for kind, ask in (("raw", _ask_raw(ours)), ("api", _ask_api(server))):
+                    for kind, ask in (("raw", _ask_raw(ours, raw)), ("api", _ask_api(server))):
                         run = ask(streams, args.tokens)
                         if number:  # the first round warms up
                             found.setdefault((kind, streams), []).append(run)
@@ -175,12 +186,21 @@ def _stream(port: int, body: bytes) -> tuple[int, float]:
     return tokens, first or time.monotonic()  # a random model may say tokens without text
 
 
-def _ask_raw(pipe: Connection) -> Callable[[int, int], Run]:
+def _ask_raw(pipe: Connection, process: BaseProcess) -> Callable[[int, int], Run]:
     def ask(streams: int, tokens: int) -> Run:
         pipe.send((streams, tokens))
-        return pipe.recv()
+        return _hear(pipe, process)
 
     return ask
+
+
+def _hear(pipe: Connection, process: BaseProcess) -> object:
+    """What the raw engine's process says next; raises RuntimeError if it ended instead."""
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError) as error:
+        process.join()
+        raise RuntimeError(f"the raw engine's process ended with {process.exitcode}") from error
 
 
 def _raw(engine: str, model: Path, pipe: Connection, one_core: bool) -> None:
@@ -200,7 +220,7 @@ def _raw_llamacpp(model: Path) -> Callable[[int], tuple[int, float]]:
     from entrypoints.engines.machine import available_cpus
 
     checkpoint = open_gguf(model)
-    server = ours._start(model, SLOTS * checkpoint.window, SLOTS, available_cpus())  # xllamacpp.Server, as served
+    server = ours._start(checkpoint, SLOTS * checkpoint.window, SLOTS, available_cpus())  # xllamacpp.Server, as served
     prompt = checkpoint.prompt_format.encode([{"role": "user", "content": QUESTION}], checkpoint.tokenizer)
 
     def one(most: int) -> tuple[int, float]:

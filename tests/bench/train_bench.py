@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import tokenizers
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     file = GOLDEN / "adgen_dev.json"
     file = file if file.is_file() else SAMPLE
-    tokenizer = _tokenizer()
+    tokenizer = Tokenizer(vocabulary())
     size = args.vocabulary or -(-tokenizer.size // 256) * 256  # 65,024 of the original
     rows = _encoded(file, tokenizer, args.rows, size)
     shape = Shape(args.layers, args.hidden, 8, 2, args.hidden // 8, args.hidden * 107 // 32, size, 2048, 1e-5, 1)
@@ -190,14 +191,14 @@ def _encoded(file: Path, tokenizer: Tokenizer, count: int, vocabulary: int) -> l
     ]
 
 
-def _tokenizer() -> Tokenizer:
-    """ChatGLM3's, or the toy's where that is absent."""
-    vocabulary = GOLDEN / "original-tiny" / "tokenizer.model"
-    if vocabulary.is_file():
-        return Tokenizer(convert_vocabulary(vocabulary))
+def vocabulary(toy: bool = False) -> tokenizers.Tokenizer:
+    """ChatGLM3's, or the toy's where that is absent or asked for."""
+    original = GOLDEN / "original-tiny" / "tokenizer.model"
+    if original.is_file() and not toy:
+        return convert_vocabulary(original)
     with tempfile.TemporaryDirectory() as folder:
         write_toy(Path(folder), SAMPLE.read_text(encoding="utf-8").splitlines())
-        return Tokenizer(convert_vocabulary(Path(folder, "tokenizer.model")))
+        return convert_vocabulary(Path(folder, "tokenizer.model"))
 
 
 if __name__ == "__main__":

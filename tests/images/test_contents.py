@@ -11,7 +11,8 @@ COMPILERS = {"gcc", "cc", "g++", "clang", "make", "nvcc"}
 ALLOWED = {"infer-cuda": {"gcc"}}  # Triton compiles its launchers at run time
 UNWANTED = re.compile(
     r"(^|/)\.git(/|$)|^root/\.cache/|^run/secrets/.|^(wheelhouse|wheels|requirements|scripts|src|pip)/.|^var/cache/apt/.*\.deb$"
-    r"|^var/lib/apt/lists/.*_Packages|^venv/bin/pip|^(?!usr/)(.*\.whl)$|(^|/)(id_rsa|\.netrc|pip\.conf|\.env)$|\.safetensors$|\.gguf$"
+    r"|^var/lib/apt/lists/.*_Packages|^venv/bin/pip|^(?!usr/)(.*\.whl)$|(^|/)(id_rsa|\.netrc|pip\.conf|\.env)$"
+    r"|^(?!venv/lib/)(.*\.(safetensors|gguf))$"  # some packages bring small ones
 )
 TELEMETRY_OFF = {
     "infer-cpu": {"GRADIO_ANALYTICS_ENABLED=False", "STREAMLIT_BROWSER_GATHER_USAGE_STATS=false"},
@@ -87,6 +88,12 @@ def test_hubs_and_telemetry_are_off_and_gpus_come_only_when_asked_for(image):
     """K1: without this variable a pod that asks for no GPU sees all of them."""
     expected = {"HF_HUB_OFFLINE=1", "HF_HUB_DISABLE_TELEMETRY=1", "DO_NOT_TRACK=1", "NVIDIA_VISIBLE_DEVICES=void"}
     assert expected | TELEMETRY_OFF.get(name_of(image), set()) <= set(image.attrs["Config"]["Env"])
+
+
+def test_the_image_of_llama_cpp_asks_for_huge_pages(image):
+    """Its weights lie in malloc's memory; the others' would only grow."""
+    told = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in image.attrs["Config"]["Env"]
+    assert told == (name_of(image) == "infer-quantized")
 
 
 def test_the_user_has_a_passwd_entry_and_may_not_change_the_image(image, finish):

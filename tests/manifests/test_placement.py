@@ -1,8 +1,9 @@
 """Each pod lands on its kind of node, none waits while one fits, none takes a GPU node without asking for a GPU."""
 
 import pytest
+from admission import finds
 from manifest_uses import USES
-from manifests import OVERLAYS, containers, objects, one, pod_template, pods
+from manifests import OVERLAYS, container, containers, objects, one, pod_template, pods
 from scheduling import Node, gpu_machine, machine, may_run, place, requests
 
 A100 = ("NVIDIA-A100-SXM4-80GB", 81920)
@@ -13,6 +14,7 @@ CARDS = {
     "gpu/rtx-4090": [("NVIDIA-GeForce-RTX-4090", 24564), ("NVIDIA-GeForce-RTX-4090-D", 24564)],
     "gpu/t4": [("Tesla-T4", 15360)],
 }
+SLICED = "NVIDIA-A100-SXM4-80GB-MIG-3g.40gb"
 OTHERS = [("NVIDIA-A100-SXM4-80GB-MIG-1g.10gb", 9728), ("NVIDIA-A100-SXM4-80GB-SHARED", 81920)]
 
 
@@ -26,6 +28,7 @@ def cluster(tainted: bool) -> list[Node]:
         gpu_machine(
             "shared", "NVIDIA-A100-SXM4-80GB-SHARED", 81920, 80, 96, 512, tainted=tainted, sharing="time-slicing"
         ),
+        gpu_machine("sliced", SLICED, 40192, 16, 96, 1024, tainted=tainted, slices=3),
         gpu_machine("eight-a", *A100, 8, 96, 512, tainted=tainted),
         gpu_machine("eight-b", *A100, 8, 96, 512, tainted=tainted),
     ]
@@ -65,7 +68,7 @@ def test_each_pod_lands_on_its_kind_of_node_and_none_waits(overlay, tainted):
         node = place(template, nodes)
         assert node is not None, f"{name} waits"
         assert node.has_gpu == asks_for_a_gpu(template), f"{name} is on {node.name}"
-        assert node.name not in ("t4", "shared"), name
+        assert node.name not in ("t4", "shared") and (name, node.name) != ("train", "sliced"), name
         placed.setdefault(name, []).append(node.name)
     assert len(placed) >= 2
     if overlay == "train-multi":
@@ -82,6 +85,43 @@ def test_two_replicas_fit_one_machine_that_has_the_cards():
     nodes = [gpu_machine("eight", *A100, 8, 96, 512)]
     served = [template for name, template in instances("production") if name == "api"]
     assert [place(template, nodes) is not None for template in served] == [True, True]
+
+
+def test_a_server_fits_the_smallest_machine_that_has_its_card(used):
+    """4 cores and 16 GiB beside a card of 24 GB; the same beside a T4, on which 16-bit weights leave no room."""
+    small = gpu_machine("a10", "NVIDIA-A10G", 23028, 1, 4, 16)
+    t4 = gpu_machine("t4", "Tesla-T4", 15360, 1, 4, 16)
+    (server,) = (template for name, template in instances("serve-gpu") if name == "api")
+    assert place(server, [t4]) is None
+    assert place(server, [t4, small]) is small
+    (server,) = (template for name, template in pods(used("gpu/t4")) if name == "Deployment/api")
+    assert place(server, [small]) is None
+    assert place(server, [small, t4]) is t4
+    args = container(server, "api")["args"]
+    assert args[args.index("--engine") :][:4] == ["--engine", "transformers", "--load-in", "4bit"]
+
+
+def test_training_takes_whole_cards_and_serving_a_slice_that_is_large_enough():
+    """Where no card is sliced, GPU Feature Discovery writes the same strategy and no slices."""
+    sliced = gpu_machine("sliced", SLICED, 40192, 16, 96, 1024, slices=3)
+    whole = gpu_machine("whole", *A100, 8, 96, 1024, slices=0)
+    assert sliced.labels["nvidia.com/mig.strategy"] == whole.labels["nvidia.com/mig.strategy"] == "single"
+    for overlay in ("train-single", "train-multi"):
+        run = next(template for name, template in instances(overlay) if name == "train")
+        assert (may_run(run, sliced), may_run(run, whole)) == (False, True)
+    server = next(template for name, template in instances("serve-gpu") if name == "api")
+    assert (may_run(server, sliced), may_run(server, whole)) == (True, True)
+
+
+def test_pods_on_a_disk_of_one_node_would_rather_be_together():
+    wishes = [
+        template["spec"]["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+        for _, template in instances("demo")
+    ]
+    assert len(wishes) == 3
+    for (wish,), (_, template) in zip(wishes, instances("demo"), strict=True):
+        assert wish["podAffinityTerm"]["topologyKey"] == "kubernetes.io/hostname"
+        assert finds(wish["podAffinityTerm"]["labelSelector"], template)
 
 
 @pytest.mark.parametrize("name", CARDS)
@@ -105,11 +145,11 @@ def test_pods_for_processors_run_on_gpu_nodes_only_where_that_is_chosen(used):
 def test_gpu_pods_are_guaranteed_and_ask_for_as_much_as_they_may_use(overlay):
     """K1: requests equal limits, so nothing else takes what they count on."""
     for name, template in pods(objects(overlay)):
-        for container in containers(template):
-            wants, may = container["resources"]["requests"], container["resources"]["limits"]
-            assert {*wants} == {*may} >= {"cpu", "memory", "ephemeral-storage"}, (name, container["name"])
+        for each in containers(template):
+            wants, may = each["resources"]["requests"], each["resources"]["limits"]
+            assert {*wants} == {*may} >= {"cpu", "memory", "ephemeral-storage"}, (name, each["name"])
             same = [key for key in wants if key != "cpu"] + (["cpu"] if "nvidia.com/gpu" in wants else [])
-            assert all(wants[key] == may[key] for key in same), (name, container["name"])
+            assert all(wants[key] == may[key] for key in same), (name, each["name"])
 
 
 def test_pods_without_a_gpu_see_none(used):
@@ -119,11 +159,11 @@ def test_pods_without_a_gpu_see_none(used):
     ]
     blind = 0
     for name, template in pods(things):
-        for container in containers(template):
-            sees = {entry["name"]: entry.get("value") for entry in container["env"]}.get("NVIDIA_VISIBLE_DEVICES")
-            assert (sees == "void") == ("nvidia.com/gpu" not in container["resources"]["requests"]), (
+        for each in containers(template):
+            sees = {entry["name"]: entry.get("value") for entry in each["env"]}.get("NVIDIA_VISIBLE_DEVICES")
+            assert (sees == "void") == ("nvidia.com/gpu" not in each["resources"]["requests"]), (
                 name,
-                container["name"],
+                each["name"],
             )
             blind += sees == "void"
     assert blind >= 60

@@ -4,7 +4,19 @@ import re
 from dataclasses import fields
 
 import yaml
-from manifests import OVERLAYS, REPOSITORY, amount, container, containers, environment, objects, one, pod_template, pods
+from manifests import (
+    OVERLAYS,
+    REPOSITORY,
+    amount,
+    container,
+    containers,
+    environment,
+    objects,
+    one,
+    pod_template,
+    pods,
+    words,
+)
 
 from entrypoints.api.uvicorn_server import LAST_SECONDS
 from entrypoints.settings import Settings
@@ -43,12 +55,21 @@ def test_every_pod_meets_the_restricted_standard(templates):
         spec, security = template["spec"], template["spec"]["securityContext"]
         assert security["runAsNonRoot"] is True and security["runAsUser"] == 10001, name
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert {*security} == {
+            "runAsNonRoot",
+            "runAsUser",
+            "runAsGroup",
+            "fsGroup",
+            "fsGroupChangePolicy",
+            "seccompProfile",
+        }
         assert not {"hostNetwork", "hostPID", "hostIPC"} & {*spec}, name
         assert all({*volume} <= allowed for volume in spec["volumes"]), name
         for each in containers(template):
             inner = each["securityContext"]
             assert inner["allowPrivilegeEscalation"] is False and inner["capabilities"] == {"drop": ["ALL"]}, name
-            assert "privileged" not in inner and "hostPort" not in str(each.get("ports")), name
+            assert {*inner} == {"allowPrivilegeEscalation", "capabilities", "readOnlyRootFilesystem"}, name
+            assert "hostPort" not in str(each.get("ports")) and "host'" not in str(each.get("readinessProbe")), name
 
 
 def test_the_root_file_system_is_read_only_and_what_is_written_is_declared(templates):
@@ -199,21 +220,28 @@ def test_traffic_is_denied_but_for_the_arrows_that_exist(every):
     assert api["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/component": "page"}}}]
 
 
-def test_every_selector_finds_pods_and_a_canary_answers_beside_the_others(every, used):
+def test_every_selector_finds_pods():
     for overlay in OVERLAYS:
         labels = [template["metadata"]["labels"].items() for _, template in pods(objects(overlay))]
         for service in (thing for thing in objects(overlay) if thing["kind"] == "Service"):
             assert any(service["spec"]["selector"].items() <= each for each in labels), service["metadata"]["name"]
-    canary = one(used("canary"), "Deployment", "api-canary")["spec"]
+
+
+def test_a_canary_answers_beside_the_others_with_its_own_model_under_their_name(used):
     service = one(used("canary"), "Service", "api")["spec"]["selector"]
-    assert service.items() <= canary["template"]["metadata"]["labels"].items()
-    assert canary["selector"]["matchLabels"] == {"app.kubernetes.io/name": "api-canary"}
-    assert (
-        environment(container(canary, "api") if "spec" in canary else container(canary["template"], "api"))[
-            "SERVED_NAME"
-        ]
-        == "demo"
-    )
+    budget = one(used("canary"), "PodDisruptionBudget", "api")["spec"]["selector"]["matchLabels"]
+    for name, model, filler in (("api", "demo", "model-init"), ("api-canary", "tuned", "canary-init")):
+        spec = one(used("canary"), "Deployment", name)["spec"]
+        labels = spec["template"]["metadata"]["labels"]
+        assert spec["selector"]["matchLabels"] == {"app.kubernetes.io/name": name}
+        assert service.items() <= labels.items()
+        assert (budget.items() <= labels.items()) == (name == "api")
+        loaded = [environment(each)["MODEL_PATH"] for each in containers(spec["template"])]
+        assert loaded == [f"/models/{model}"] * 2
+        assert environment(container(spec["template"], "api"))["SERVED_NAME"] == "demo"
+        job = one(used("canary"), "Job", filler)["spec"]["template"]
+        assert words(container(job, "model-init")) == ["prepare", model, "/models"]
+    assert one(used("canary"), "Deployment", "api-canary")["spec"]["replicas"] == 1
 
 
 def test_ports_and_names_are_those_of_the_commands_and_of_compose(every):

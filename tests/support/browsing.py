@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
 # no sandbox for root, and nothing fetched in the background
@@ -12,6 +12,8 @@ FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+
+SECONDS = 60  # a busy machine may take its time: only a test that fails waits so long
 
 NewPage = Callable[..., Page]
 
@@ -21,6 +23,7 @@ def browser() -> Iterator[Browser]:
     """One for each module: while it runs, playwright holds an event loop that asyncio.run in other tests would meet."""
     if not Path(CHROMIUM).is_file():
         pytest.skip(f"no browser at {CHROMIUM} (apt-get install chromium fonts-noto-cjk)")
+    expect.set_options(timeout=SECONDS * 1000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -35,7 +38,7 @@ def new_page(browser: Browser) -> Iterator[NewPage]:
 
     def make(width: int = 1400, height: int = 900, locale: str = "zh-CN", **options: object) -> Page:
         context = browser.new_context(locale=locale, viewport={"width": width, "height": height}, **options)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(SECONDS * 1000)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(f"script error: {error}"))

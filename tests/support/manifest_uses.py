@@ -23,7 +23,7 @@ RUN = ["settings-model", "settings-training"]
 # component -> bases and components that it is used with, in order
 USES = {
     "autoscale-keda": (SERVING, ["vllm", "replicated", "autoscale-keda", "settings-model"]),
-    "canary": (SERVING, ["vllm", "canary", "settings-model", "gpu/memory"]),
+    "canary": (SERVING, ["vllm", "replicated", "autoscale-queue", "settings-model", "gpu/memory", "canary"]),
     "gateway": ([*SERVING, "web"], ["gateway", "settings-model"]),
     "gpu-nodes-only": ([*SERVING, "web"], ["quantize", "settings-model", "cpu-nodes", "gpu-nodes-only"]),
     "gpu/a100-80g": (SERVING, ["vllm", "settings-model", "gpu/a100-80g"]),
@@ -31,6 +31,7 @@ USES = {
     "gpu/l20": ([*SERVING, "outputs", "evaluate"], ["vllm", "settings-model", "settings-evaluation", "gpu/l20"]),
     "gpu/rtx-4090": (SERVING, ["vllm", "settings-model", "gpu/rtx-4090"]),
     "gpu/t4": (SERVING, ["vllm", "settings-model", "gpu/t4"]),
+    "int4": (SERVING, ["vllm", "int4", "settings-model", "gpu/memory"]),
     "jobset": (TRAINING, ["two-nodes", *RUN, "gpu/memory", "jobset"]),
     "kueue": (TRAINING, [*RUN, "gpu/memory", "kueue"]),
     "model-image": (["namespace", "model-store", "serve"], ["vllm", "model-image", "settings-model", "gpu/memory"]),

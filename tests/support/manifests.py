@@ -108,11 +108,13 @@ def container(template: dict, name: str) -> dict:
 
 
 def environment(container: dict) -> dict[str, str]:
-    """The plain values of its variables as the kubelet fills them in: a variable sees those before it."""
+    """The values of its variables as the kubelet fills them in: a variable sees those before it."""
     filled: dict[str, str] = {}
     for entry in container.get("env", ()):
         if "value" in entry:
             filled[entry["name"]] = expand(entry["value"], filled)
+        elif "fieldRef" in entry.get("valueFrom", {}):
+            filled[entry["name"]] = f"of-{entry['name'].lower()}"  # the pod's own, known when it runs
     return filled
 
 

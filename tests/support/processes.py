@@ -1,6 +1,8 @@
 """Servers of a test as processes, ended by their own id."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,13 +17,17 @@ from entrypoints.settings import Settings
 
 SUPPORT = Path(__file__).parent
 OURS = {f.name.upper() for f in fields(Settings)}  # a test says itself what is set
-PAGE_KEY, SLOW_KEY = "sk-page", "sk-slow"  # the second may ask once a minute
+PAGE_KEY = "sk-page"
+SLOW_KEYS = {"gradio": "sk-slow-gradio", "streamlit": "sk-slow-streamlit"}  # may ask once a minute
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port nobody has; below those that the kernel lends to connections, one of which might take it meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Process:
@@ -39,7 +45,7 @@ class Process:
                 cwd=log.parent,
             )
 
-    def wait_for(self, url: str, seconds: float = 60) -> None:
+    def wait_for(self, url: str, seconds: float = 120) -> None:
         """Until the address answers, whatever it says; AssertionError if the process ends or the time does."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.popen.poll() is None:
@@ -60,7 +66,7 @@ class Process:
         if self.popen.poll() is None:
             self.popen.send_signal(how)
             try:
-                self.popen.wait(20)
+                self.popen.wait(60)
             except subprocess.TimeoutExpired:
                 self.popen.kill()
         return self.popen.wait()

@@ -44,7 +44,10 @@ def gpu_machine(name: str, product: str, mebibytes: int, count: int, cpu: float,
         "nvidia.com/gpu.memory": f"{mebibytes}",
         "nvidia.com/gpu.count": f"{count}",
         "nvidia.com/gpu.sharing-strategy": more.get("sharing", "none"),
+        "nvidia.com/mig.strategy": "single",  # the GPU operator's default, sliced or not
     }
+    if more.get("slices"):
+        node.labels["nvidia.com/gpu.slices.gi"] = f"{more['slices']}"
     node.tainted = more.get("tainted", True)
     return node
 

@@ -13,7 +13,7 @@ The last user turn is the script, one of
 import json
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from entrypoints.answer import decode
 from entrypoints.checkpoint.tokenizer import Tokenizer
@@ -122,10 +122,9 @@ def script_of(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
     return decode(ids, tokenizer).strip()
 
 
-def wait_until(condition: object, seconds: float = 5.0) -> float:
-    """Poll until it holds; the seconds it took. Raises AssertionError after `seconds`."""
-    start = time.monotonic()
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Poll until it holds; raises AssertionError after `seconds`, which only a test that fails waits for."""
+    end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() - start < seconds, "it did not come true"
+        assert time.monotonic() < end, "it did not come true"
         time.sleep(0.005)
-    return time.monotonic() - start

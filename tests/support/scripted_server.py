@@ -1,7 +1,7 @@
 """`glm serve` with the scripted engine in place of a real one: starts at once, and does what no model does at will.
 
-Of the environment: SCRIPTED_LOAD_SECONDS before it is loaded, SCRIPTED_LOAD_ERROR (user, defect) if loading fails,
-SCRIPTED_STUBBORN if a token takes its seconds whoever leaves.
+Of the environment: SCRIPTED_GATE, a file that must be there before it is loaded; SCRIPTED_LOAD_ERROR (user, defect) if
+loading fails; SCRIPTED_STUBBORN if a token takes its seconds whoever leaves.
 """
 
 import os
@@ -27,7 +27,8 @@ class Stubborn(ScriptedEngine):
 
 def load(engine: str, model: Path, adapters: Mapping[str, Path], slots: int = 1, **more: object) -> ScriptedEngine:
     """In place of engines.loading.load."""
-    time.sleep(float(os.environ.get("SCRIPTED_LOAD_SECONDS", 0)))
+    while "SCRIPTED_GATE" in os.environ and not Path(os.environ["SCRIPTED_GATE"]).exists():
+        time.sleep(0.01)
     kind = os.environ.get("SCRIPTED_LOAD_ERROR")
     if kind:
         raise UserError("the weights are damaged", "fetch them again") if kind == "user" else ValueError("a defect")

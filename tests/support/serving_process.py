@@ -50,7 +50,7 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def wait_for(self, pattern: str | re.Pattern, seconds: float = 60) -> re.Match:
+    def wait_for(self, pattern: str | re.Pattern, seconds: float = 120) -> re.Match:
         """The first match in its log; raises AssertionError if it ends or the time is over before."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.log)):
@@ -59,7 +59,7 @@ class Server:
             time.sleep(0.02)
         return found
 
-    def wait_ready(self, seconds: float = 90) -> "Server":
+    def wait_ready(self, seconds: float = 180) -> "Server":
         """Return when /readyz says so."""
         deadline = time.monotonic() + seconds
         while self.request("GET", "/readyz")[0] != 200:
@@ -108,7 +108,7 @@ class Server:
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
-    def wait(self, seconds: float = 30) -> int:
+    def wait(self, seconds: float = 90) -> int:
         """Exit code."""
         return self.process.wait(seconds)
 

@@ -1,20 +1,24 @@
 """Several processes learn what one learns, and a run that is cut off goes on. Traps: the list of reported pains."""
 
+import contextlib
 import json
+import re
 import shutil
 import signal
 import socket
 import subprocess
-import time
 
 import psutil
 import pytest
 import torch
+from processes import free_port
 from safetensors.torch import load_file
+from small_disk import with_small_disk
 
 from entrypoints.checkpoint.manifest import check_manifest
 from entrypoints.checkpoint.native import open_native
 from entrypoints.errors import UserError
+from entrypoints.training import checkpoints
 from entrypoints.training.export import export
 
 pytestmark = pytest.mark.timeout(900)  # several starts of several processes; on a busy machine each takes a minute
@@ -46,8 +50,9 @@ def test_two_processes_have_the_losses_of_one_though_29500_is_taken(alone, run, 
     """G12: the port that torchrun would take."""
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(("127.0.0.1", 29500))
-        taken.listen()
+        with contextlib.suppress(OSError):  # taken by somebody else
+            taken.bind(("127.0.0.1", 29500))
+            taken.listen()
         done = run(tmp_path / "out", *TWO)
     assert (done.code, done.out) == (0, f"{tmp_path / 'out'}\n"), done.err
     assert done.losses() == pytest.approx(alone.losses(), **close)
@@ -128,12 +133,15 @@ def test_adapters_learn_under_zero3_with_offload_and_answer_test_rows(run, rows,
     assert len(answers) == len(rows.read_text(encoding="utf-8").splitlines()) == 32  # all of them
 
 
+def test_an_optimizer_in_the_hosts_memory_has_the_losses_of_one_process(alone, run, tmp_path, close):
+    done = run(tmp_path / "out", *TWO, "--deepspeed", "zero2-offload")
+    assert done.code == 0, done.err
+    assert done.losses() == pytest.approx(alone.losses(), **close)
+
+
 def test_two_machines_meet_at_an_address_as_an_indexed_job_names_it(alone, start, tmp_path, close):
     """Two launchers with a process each; the second one neither proves nor prints."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
     words = ("--per-device-train-batch-size", 2)
     machines = [
         start(tmp_path / "out", *words, extra=place | {"JOB_COMPLETION_INDEX": f"{number}"}) for number in range(2)
@@ -152,6 +160,36 @@ def test_under_torchrun_the_same_command_joins(alone, run, tmp_path, close):
     done = run(tmp_path / "out", "--per-device-train-batch-size", 2, launcher=torchrun)
     assert (done.code, done.out) == (0, f"{tmp_path / 'out'}\n"), done.err
     assert done.losses() == pytest.approx(alone.losses(), **close)
+
+
+def test_rows_that_do_not_divide_are_all_answered_after_zero3_under_torchrun(run, rows, tmp_path):
+    """G9: rank 0 answers alone, once the others are gone, with answers of any length."""
+    lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)[:5]
+    (tmp_path / "test.jsonl").write_text("".join(lines), encoding="utf-8")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    scored = ("--predict-with-generate", "--test-file", tmp_path / "test.jsonl", "--max-target-length", 40)
+    zero3 = ("--deepspeed", "zero3", "--max-steps", 2, "--per-device-eval-batch-size", 2)
+    done = run(tmp_path / "out", *scored, *zero3, launcher=torchrun)
+    assert (done.code, done.out) == (0, f"{tmp_path / 'out'}\n"), done.err
+    assert done.err.index("its answers are scored") < done.err.index("step 1: loss")  # two rows, by the base
+    answers = (tmp_path / "out" / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sorted(json.loads(answer)["index"] for answer in answers) == list(range(5))
+
+
+@pytest.mark.parametrize(
+    "launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)], ids=["glm", "torchrun"]
+)
+def test_a_containers_shared_memory_is_refused_whoever_starts_the_processes(launcher, run, tmp_path):
+    """J3: 64 MB, in a namespace of mounts where they are the real /dev/shm."""
+    own = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh")
+    if not shutil.which("unshare") or subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("only root can mount a /dev/shm of its own")
+    words = () if launcher else TWO
+    done = run(tmp_path / "out", *words, launcher=launcher, inside=own)
+    assert (done.code, done.out) == (1, "")
+    assert "/dev/shm has 64 MB, and 2 processes pass their numbers through it" in done.err
+    assert "--shm-size 8g" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 class TestCutOff:
@@ -174,7 +212,6 @@ class TestCutOff:
     def test_ctrl_c_saves_and_ends_with_130(self, start, tmp_path, wait_for):
         process = start(tmp_path / "out", "--max-steps", 2000, "--save-steps", 2000)
         wait_for(tmp_path / "out" / "runs", process)
-        time.sleep(1)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=200)
         assert process.returncode == 130, err
@@ -197,21 +234,30 @@ class TestCutOff:
         assert resumed.code == 0, resumed.err
         assert resumed.losses() == pytest.approx(alone.losses(), **close)
 
+    def test_a_killed_launcher_takes_its_processes_with_it_and_they_save_first(self, start, run, tmp_path, wait_for):
+        """SIGKILL cannot be passed on: the kernel tells the processes, which would go on for days otherwise."""
+        output = tmp_path / "out"
+        process = start(output, *TWO, "--max-steps", 2000, "--save-steps", 1, "--lr-scheduler-type", "constant")
+        wait_for(output / "checkpoint-1" / "checkpoint.json", process)
+        workers = [one for one in psutil.Process(process.pid).children(recursive=True) if "RANK" in one.environ()]
+        assert len(workers) == 2
+        process.kill()
+        _, err = process.communicate(timeout=200)  # a process that lived on would hold its end of the pipe
+        assert not psutil.wait_procs(workers, timeout=200)[1]
+        assert "told to stop (SIGTERM): saving step" in err
+        saved = checkpoints.to_resume("auto", output).step
+        assert saved == int(re.findall(r"saving step (\d+)", err)[-1])
+        words = ("--max-steps", saved + 1, "--lr-scheduler-type", "constant", "--resume", "auto")
+        assert run(output, *TWO, *words).code == 0
+
     def test_a_full_disk_keeps_what_was_saved(self, start, tmp_path):
         """A disk of 70 MB: one checkpoint of the toy (53 MB) fits and the next does not."""
-        disk = tmp_path / "disk"
-        disk.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=70m", "tmpfs", disk], capture_output=True)
-        if mounted.returncode:
-            pytest.skip("only root can mount a small disk")
-        try:
-            process = start(disk / "out")
-            _, err = process.communicate(timeout=200)
-            assert process.returncode == 1, err
-            assert "glm: saving checkpoint-6 failed" in err
-            assert [folder.name for folder in (disk / "out").glob("checkpoint-*")] == ["checkpoint-3"]
-        finally:
-            subprocess.run(["umount", disk], check=True)
+        listed = ("sh", "-c", '"$@"; code=$?; cd "$0/out" && echo checkpoint-*; exit $code', tmp_path)
+        process = start(tmp_path / "out", inside=(*with_small_disk(tmp_path, 70), *listed))
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 1, err
+        assert "glm: saving checkpoint-6 failed" in err
+        assert out == "checkpoint-3\n"
 
     def test_a_mistake_of_a_worker_is_told_once(self, run, tmp_path):
         """G4, in two processes: a rate at which the loss is no number any more."""

@@ -33,7 +33,7 @@ def glm(*words, env=None, **options):
     """Run the command as a user does; a CompletedProcess with text."""
     arguments = [sys.executable, "-m", "entrypoints", *map(str, words)]
     options = {"stdin": subprocess.DEVNULL, "capture_output": True, "cwd": REPOSITORY, **options}
-    return subprocess.run(arguments, text=True, timeout=60, check=False, env=BARE | (env or {}), **options)
+    return subprocess.run(arguments, text=True, timeout=120, check=False, env=BARE | (env or {}), **options)
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_ctrl_c_ends_a_running_job_with_130_and_one_line(tmp_path):
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=BARE) as process:
         fifo = os.open(tmp_path / "rows.jsonl", os.O_WRONLY)  # opens once the job is reading
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=120)
         os.close(fifo)
     assert process.returncode == 130
     assert stderr == "glm: interrupted\n"
@@ -195,7 +195,7 @@ def test_a_signal_in_the_middle_of_writing_leaves_nothing_half_written(number, c
 import sys, time
 from entrypoints import __main__
 from entrypoints.checkpoint import native
-native.save_tokenizer = lambda *_: (print("written", flush=True), time.sleep(60))
+native.save_tokenizer = lambda *_: (print("written", flush=True), time.sleep(300))
 sys.exit(__main__.main(sys.argv[1:]))
 """
     words = [sys.executable, "-c", script, "convert", toy_original, tmp_path / "native"]
@@ -204,7 +204,7 @@ sys.exit(__main__.main(sys.argv[1:]))
         assert process.stdout.readline() == "written\n"
         assert list(tmp_path.rglob("*.safetensors"))
         process.send_signal(number)
-        process.wait(timeout=30)
+        process.wait(timeout=120)
         assert "Traceback" not in process.stderr.read()
     assert process.returncode == code
     assert list(tmp_path.iterdir()) == []

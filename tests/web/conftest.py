@@ -12,7 +12,7 @@ import browsing
 import pytest
 from browsing import NewPage
 from chat_drivers import DRIVERS, ChatDriver
-from processes import PAGE_KEY, SLOW_KEY, SUPPORT, Process, free_port, glm
+from processes import PAGE_KEY, SLOW_KEYS, SUPPORT, Process, free_port, glm
 
 SHOTS = Path(__file__).parent / "screenshots"
 
@@ -26,7 +26,7 @@ class ScriptedApi:
         self.port, self.folder, self.model = free_port(), folder, model
         self.url = f"http://127.0.0.1:{self.port}"
         self.file, self.keys = folder / "record.jsonl", folder / "keys"
-        lines = [(PAGE_KEY, "page", 100000), (SLOW_KEY, "slow", 1)]
+        lines = [(PAGE_KEY, "page", 100000), *((key, f"slow-{ui}", 1) for ui, key in SLOW_KEYS.items())]
         self.keys.write_text(
             "".join(f"{name} {hashlib.sha256(key.encode()).hexdigest()} {rate} 64\n" for key, name, rate in lines)
         )
@@ -133,6 +133,7 @@ def training_run(toy_native: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "--model-name-or-path": toy_native, "--train-file": file, "--validation-file": file, "--test-file": file,
         "--output-dir": folder / "tuned", "--max-steps": 20, "--per-device-train-batch-size": 8,
         "--learning-rate": 4e-3, "--warmup-steps": 5, "--logging-steps": 2, "--save-steps": 10,
+        "--max-target-length": 32,  # what the answers may take, with the base model before and the tuned one after
     }  # fmt: skip
     command = glm("train", "--predict-with-generate", *(part for pair in words.items() for part in pair))
     training = Process(command, folder / "log")

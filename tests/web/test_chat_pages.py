@@ -7,7 +7,7 @@ from pathlib import Path
 
 from chat_drivers import ChatDriver
 from playwright.sync_api import expect
-from processes import PAGE_KEY, SLOW_KEY
+from processes import PAGE_KEY, SLOW_KEYS
 from scripted_engine import wait_until
 
 from entrypoints.dataset.reading import Columns, examples, read_rows
@@ -26,30 +26,27 @@ XSS = (
 
 
 def test_an_answer_is_shown_with_its_tokens_and_speed(chat, scripted_api):
-    assert chat.ask("say 你好，世界") == "你好，世界"
-    assert re.search(r"回答 \d+ 个 token，提示 \d+ 个；[\d.]+ 秒，每秒 [\d.]+ 个 token", chat.status().inner_text())
+    chat.ask("say 你好，世界")
+    expect(chat.status()).to_contain_text(
+        re.compile(r"回答 \d+ 个 token，提示 \d+ 个；[\d.]+ 秒，每秒 [\d.]+ 个 token")
+    )
     assert scripted_api.record()[-1]["turns"] == [["user", "say 你好，世界"]]
 
 
 def test_an_answer_grows_and_can_be_stopped_midway(chat, scripted_api):
     answers = len(scripted_api.record())
-    chat.send("count 400 0.05")
-    expect(chat.of("assistant").last).to_contain_text("0123", timeout=8000)
-    lengths = [len(chat.answer())]
-    chat.page.wait_for_timeout(800)
-    lengths.append(len(chat.answer()))
-    assert 0 < lengths[0] < lengths[1]
+    chat.send("count 2000 0.05")
+    chat.await_text(lambda: "0123" in chat.answer())
+    early = len(chat.answer())
+    chat.await_text(lambda: len(chat.answer()) > early)
     chat.stop_button().click()
-    chat.wait()
+    expect(chat.status()).to_contain_text("已停止")
     wait_until(lambda: len(scripted_api.record()) > answers)
-    assert scripted_api.record()[-1]["said"] < 400  # the model stopped too
-    shown = chat.answer()
-    assert len(shown) >= lengths[1]
-    chat.page.wait_for_timeout(600)
-    assert chat.answer() == shown
-    assert "已停止" in chat.status().inner_text()
-    assert chat.ask("say 继续") == "继续"
-    assert scripted_api.record()[-1]["turns"][1] == ["assistant", shown]
+    assert scripted_api.record()[-1]["said"] < 2000  # the model stopped too
+    chat.ask("say 继续")
+    said = scripted_api.record()[-1]["turns"][1][1]
+    assert len(said) > early
+    chat.shows("count 2000 0.05", said, "say 继续", "继续")
 
 
 def test_the_model_is_told_the_whole_talk(chat, scripted_api):
@@ -61,27 +58,26 @@ def test_the_model_is_told_the_whole_talk(chat, scripted_api):
 def test_regenerate_asks_the_same_question_anew(chat, scripted_api):
     chat.ask("say 一")
     answers = len(scripted_api.record())
-    chat.button("regenerate").click()
+    chat.press("regenerate")
     wait_until(lambda: len(scripted_api.record()) > answers)
-    chat.wait()  # it may have been over before the page showed that it had begun
-    wait_until(lambda: chat.texts() == ["say 一", "一"], 15)
+    chat.shows("say 一", "一")
     assert scripted_api.record()[-1]["turns"] == [["user", "say 一"]]
 
 
 def test_the_last_question_can_be_edited(chat, scripted_api):
     chat.ask("say 一")
     chat.ask("say <b>二</b>")
-    chat.button("edit").click()
-    expect(chat.page.locator(chat.field)).to_have_value("say <b>二</b>", timeout=8000)
-    assert chat.texts() == ["say 一", "一"]
+    chat.press("edit")
+    expect(chat.page.locator(chat.field)).to_have_value("say <b>二</b>")
+    chat.shows("say 一", "一")
     chat.ask("say 三")
     assert [text for _, text in scripted_api.record()[-1]["turns"]] == ["say 一", "一", "say 三"]
 
 
 def test_clear_starts_anew(chat, scripted_api):
     chat.ask("say 一")
-    chat.button("clear").click()
-    expect(chat.of("user", "assistant")).to_have_count(0, timeout=8000)
+    chat.press("clear")
+    expect(chat.of("user", "assistant")).to_have_count(0)
     chat.ask("say 二")
     assert scripted_api.record()[-1]["turns"] == [["user", "say 二"]]
 
@@ -103,21 +99,18 @@ def test_models_and_adapters_are_offered(chat):
 def test_the_model_reads_raw_text_and_the_page_shows_it_escaped(chat, scripted_api):
     """E4: what the widget makes of a text never goes back."""
     text = 'say <b>x</b> & `y` **z** "q" 1 < 2 &amp; :smile: \\(a_1\\)'
-    chat.ask(text)
+    chat.ask(text, re.compile("smile"))
     chat.ask("say 二")
     turns = scripted_api.record()[-1]["turns"]
     assert turns[0] == ["user", text]
     assert turns[1] == ["assistant", text.removeprefix("say ")]
-    shown = chat.text(chat.of("user").first)
-    assert '<b>x</b> & y z "q" 1 < 2 &amp; :smile:' in shown
-    assert chat.body(chat.of("user").first).locator("b").count() == 0
+    chat.await_text(lambda: '<b>x</b> & y z "q" 1 < 2 &amp; :smile:' in chat.texts("user")[0])
+    assert chat.of("user").first.locator("b").count() == 0
 
 
 def test_attacks_are_shown_as_text(chat):
-    answer = chat.ask("say " + " ".join(XSS))
-    for text in XSS:
-        if not text.startswith(("[", "!")):
-            assert text in answer
+    shown = [re.escape(text) for text in XSS if not text.startswith(("[", "!"))]
+    chat.ask("say " + " ".join(XSS), re.compile(".*".join(shown), re.DOTALL))
     assert chat.page.evaluate("window.hacked") is None
     assert chat.page.locator("img[src*=evil], iframe[src*=evil], a[href^=javascript]").count() == 0
 
@@ -136,11 +129,9 @@ def test_markdown_code_and_formulas_are_drawn(chat):
         "",
         "\\[x^2\\]",
     ]
-    chat.page.locator(chat.field).fill("\n".join(lines))
-    chat.page.locator(chat.field).press("Enter")
-    chat.wait()
+    chat.send("\n".join(lines))
     body = chat.of("assistant").last
-    expect(body.locator("li strong")).to_have_text("粗", timeout=8000)
+    expect(body.locator("li strong")).to_have_text("粗")
     expect(body.locator("pre code")).to_contain_text("print('<b>')")
     expect(body.locator(".katex")).to_have_count(3)
     expect(body.locator(".katex-error")).to_have_count(0)
@@ -153,9 +144,9 @@ def test_the_language_is_the_browsers_and_can_be_switched(visit):
     expect(chinese.button("regenerate")).to_have_text("重新生成")
     chinese.ask("say 一")
     chinese.language("English")
-    expect(chinese.button("regenerate")).to_have_text("Regenerate", timeout=8000)
+    expect(chinese.button("regenerate")).to_have_text("Regenerate")
     expect(chinese.status()).to_contain_text("tokens of answer")
-    assert chinese.texts() == ["say 一", "一"]  # the talk stays
+    chinese.shows("say 一", "一")  # the talk stays
     expect(english.button("regenerate")).to_have_text("Regenerate")
 
 
@@ -163,7 +154,7 @@ def test_a_reload_starts_a_new_talk(chat, scripted_api):
     chat.ask("say 旧事")
     chat.page.reload()
     chat.open()
-    assert chat.texts() == []
+    chat.shows()
     chat.ask("say 新事")
     assert scripted_api.record()[-1]["turns"] == [["user", "say 新事"]]
 
@@ -173,7 +164,7 @@ def test_two_visitors_at_once_never_see_each_other(visit, scripted_api):
     one, two = visit(), visit(locale="en-US")
     one.send("count 60 0.05")
     two.ask("say BBB222")
-    one.wait()
+    one.await_text(lambda: one.answer() == "0123456789" * 6)
     one.ask("say AAA111")
     two.ask("say again")
     assert "BBB222" not in "".join(one.texts())
@@ -190,22 +181,21 @@ def test_two_visitors_at_once_never_see_each_other(visit, scripted_api):
 def test_a_visitor_who_leaves_frees_the_model(visit, scripted_api):
     answers = len(scripted_api.record())
     chat = visit()
-    chat.send("count 1000 0.05")
-    expect(chat.of("assistant").last).to_contain_text("01", timeout=8000)
+    chat.send("count 2000 0.05")
+    chat.await_text(lambda: "01" in chat.answer())
     chat.page.close()
-    wait_until(lambda: len(scripted_api.record()) > answers, 15)
-    assert scripted_api.record()[-1]["said"] < 400
+    wait_until(lambda: len(scripted_api.record()) > answers)
+    assert scripted_api.record()[-1]["said"] < 2000
 
 
 def test_a_tool_call_is_shown_and_its_result_typed_in(chat, scripted_api):
     chat.tool_mode()
-    chat.page.locator(chat.field).fill("raw get_weather\n ```python\ntool_call(city='北京')\n```")
-    chat.page.locator(chat.field).press("Enter")
-    expect(chat.of("assistant").last).to_contain_text("get_weather", timeout=10000)
+    chat.enter("raw get_weather\n ```python\ntool_call(city='北京')\n```")
+    expect(chat.of("assistant").last).to_contain_text("get_weather")
     expect(chat.of("assistant").last).to_contain_text('"city": "北京"')
     chat.wait()
     expect(chat.page.locator(chat.field)).to_have_attribute("placeholder", "输入 get_weather 的返回结果，回车发送")
-    assert chat.ask("晴，31度") == "工具说：晴，31度"
+    chat.ask("晴，31度", "工具说：晴，31度")
     last = scripted_api.record()[-1]["turns"]
     assert [role for role, _ in last] == ["system", "user", "assistant", "observation"]
     assert "get_weather" in last[0][1]
@@ -219,17 +209,15 @@ def test_tools_that_are_no_json_are_refused_with_a_banner(chat, ui):
     chat.page.keyboard.press("Control+A")
     chat.page.keyboard.type("[{")
     box.blur()
-    chat.page.wait_for_timeout(500)
-    chat.page.locator(chat.field).fill("say 一")
-    chat.page.locator(chat.field).press("Enter")
-    expect(chat.banner()).to_contain_text("工具定义有误", timeout=8000)
+    chat.enter("say 一")
+    expect(chat.banner()).to_contain_text("工具定义有误")
 
 
 def test_the_conversation_is_exported_as_rows_for_training(chat, tmp_path):
     chat.ask("say 一 <b>")
     chat.ask("say 二")
     with chat.page.expect_download() as download:
-        chat.button("export").click()
+        chat.press("export")
     file = Path(tmp_path / "rows.jsonl")
     download.value.save_as(file)
     used, skipped = examples(read_rows(file), Columns(history="history"), strict=True)
@@ -242,28 +230,31 @@ def test_an_api_that_was_killed_and_came_back_is_met_without_a_reload(chat, scri
     scripted_api.kill()
     try:
         chat.send("say 二")
-        expect(chat.banner()).to_contain_text("连不上模型服务", timeout=15000)
+        expect(chat.banner()).to_contain_text("连不上模型服务")
         chat.wait()
     finally:
         scripted_api.start()
-    expect(chat.banner()).to_be_hidden(timeout=20000)  # the page looks again by itself
-    chat.button("regenerate").click()
-    expect(chat.of("assistant").last).to_have_text(re.compile("二"), timeout=10000)
-    chat.wait()
+    expect(chat.banner()).to_be_hidden()  # the page looks again by itself
+    chat.press("regenerate")
+    chat.shows("say 一", "一", "say 二", "二")
     assert scripted_api.record()[-1]["turns"] == [["user", "say 一"], ["assistant", "一"], ["user", "say 二"]]
 
 
-def test_a_wrong_key_and_a_used_up_one_are_said_in_a_banner(chat):
+def test_a_wrong_key_and_a_used_up_one_are_said_in_a_banner(chat, ui):
     chat.fill("key", "sk-wrong")
+    expect(chat.banner()).to_contain_text("需要有效的 API 密钥")
     chat.send("say 一")
-    expect(chat.banner()).to_contain_text("需要有效的 API 密钥", timeout=10000)
-    chat.fill("key", SLOW_KEY)  # looking for the models has used it up
-    chat.button("regenerate").click()
-    expect(chat.banner()).to_contain_text(re.compile(r"繁忙，请 \d+ 秒后重试"), timeout=10000)
+    chat.wait()
+    expect(chat.banner()).to_contain_text("需要有效的 API 密钥")
+    chat.fill("key", SLOW_KEYS[ui])
+    expect(chat.banner()).to_be_hidden()  # looking for the models has used it up
+    chat.press("regenerate")
+    expect(chat.banner()).to_contain_text(re.compile(r"繁忙，请 \d+ 秒后重试"))
     chat.wait()
     chat.fill("key", PAGE_KEY)
-    chat.button("regenerate").click()
-    expect(chat.of("assistant").last).to_contain_text("一", timeout=10000)
+    expect(chat.banner()).to_be_hidden()
+    chat.press("regenerate")
+    chat.shows("say 一", "一")
     chat.wait()
     expect(chat.banner()).to_be_hidden()
 
@@ -271,15 +262,14 @@ def test_a_wrong_key_and_a_used_up_one_are_said_in_a_banner(chat):
 def test_copying_gives_back_what_was_said(visit, ui):
     chat = visit(permissions=["clipboard-read", "clipboard-write"])
     text = "<b>x</b> & ![y](z) `<i>`"
-    chat.ask(f"say {text}")
+    chat.ask(f"say {text}", re.compile("<i>"))
     if ui == "gradio":
         chat.page.locator('[aria-label="Copy message"]').last.click()
     else:
         chat.page.locator('[data-testid="stPopoverButton"]').last.click()
         chat.page.locator('[data-testid="stCode"]').last.hover()
         chat.page.locator('[aria-label="Copy to clipboard"]').last.click()
-    chat.page.wait_for_timeout(300)
-    assert chat.page.evaluate("navigator.clipboard.readText()") == text
+    wait_until(lambda: chat.page.evaluate("navigator.clipboard.readText()") == text)
 
 
 def test_no_page_and_no_server_of_one_asked_another_host(chat, chat_pages, ui):

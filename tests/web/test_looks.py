@@ -5,13 +5,15 @@ The pictures of the README are made here too: GLM_PICTURES=1 renews tests/web/pi
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from chat_drivers import DRIVERS
 from PIL import Image
-from playwright.sync_api import Page, expect
-from processes import SUPPORT
+from playwright.sync_api import Locator, Page, expect
+from processes import PAGE_KEY, SUPPORT, Process, free_port
+from scripted_engine import wait_until
 
 SIZES = {"wide": (1400, 900), "narrow": (320, 640)}
 PICTURES = Path(__file__).parent / "pictures"
@@ -56,10 +58,24 @@ DRAWS_CHINESE = """() => {
 
 
 def check(page: Page) -> None:
-    """Nothing overlaps, nothing is wider than the screen, Chinese is drawn."""
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.evaluate(COLLISIONS) == []
+    """Nothing overlaps, nothing is wider than the screen, Chinese is drawn, once the page has come to rest."""
+    comes_true(lambda: page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
+    comes_true(lambda: page.evaluate(COLLISIONS) == [], lambda: page.evaluate(COLLISIONS))
     assert page.evaluate(DRAWS_CHINESE)
+
+
+def comes_true(condition: Callable[[], bool], instead: Callable[[], object] = lambda: "") -> None:
+    """Wait for it; AssertionError with what there is instead."""
+    try:
+        wait_until(condition, 20)
+    except AssertionError as error:
+        raise AssertionError(instead()) from error
+
+
+def below(place: Locator) -> float:
+    """Where it ends, in pixels from the top of the screen."""
+    box = place.bounding_box()
+    return box["y"] + box["height"]
 
 
 def keep(page: Page, file: Path, picture: bool) -> None:
@@ -77,19 +93,19 @@ def test_a_chat_page_is_in_order(size, ui, visit, shots):
     page = chat.page
     check(page)
     keep(page, shots / f"{ui}-{size}-empty.png", False)
-    chat.ask("你好")
-    chat.ask("用 Python 写一个求平方和的函数，并给出公式")
-    expect(chat.of("assistant").last.locator("pre code")).to_contain_text("squares", timeout=10000)
-    page.wait_for_timeout(400)
+    chat.ask("你好", re.compile("部署在本机"))
+    chat.ask("用 Python 写一个求平方和的函数，并给出公式", re.compile("squares"))
+    expect(chat.of("assistant").last.locator("pre code")).to_contain_text("squares")
     check(page)
-    field, last = page.locator(chat.field).bounding_box(), chat.of("assistant").last.bounding_box()
-    assert field["y"] + field["height"] <= SIZES[size][1], "the field has left the screen"
-    assert 0 < last["y"] + last["height"] <= field["y"], "the page does not follow the answer"
+    comes_true(lambda: below(page.locator(chat.field)) <= SIZES[size][1], lambda: "the field has left the screen")
+    comes_true(
+        lambda: 0 < below(chat.of("assistant").last) <= page.locator(chat.field).bounding_box()["y"],
+        lambda: "the page does not follow the answer",
+    )
     keep(page, shots / f"{ui}-{size}-talk.png", size == "wide")
     chat.setting("system")
-    page.wait_for_timeout(500)
-    keep(page, shots / f"{ui}-{size}-settings.png", False)
     check(page)
+    keep(page, shots / f"{ui}-{size}-settings.png", False)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -97,26 +113,23 @@ def test_a_banner_and_a_tool_call_are_in_order(size, ui, visit, shots):
     chat = visit(width=SIZES[size][0], height=SIZES[size][1], locale="en-US")
     page = chat.page
     chat.tool_mode()
-    page.wait_for_timeout(300)
     check(page)
     keep(page, shots / f"{ui}-{size}-tools.png", False)
     if size == "narrow":
         chat.close_settings()
-    page.locator(chat.field).fill("raw get_weather\n ```python\ntool_call(city='北京', days=3)\n```")
-    page.locator(chat.field).press("Enter")
-    expect(chat.of("assistant").last).to_contain_text("get_weather", timeout=10000)
+    chat.enter("raw get_weather\n ```python\ntool_call(city='北京', days=3)\n```")
+    expect(chat.of("assistant").last).to_contain_text("get_weather")
     chat.wait()
-    chat.ask("晴，31度")
-    page.wait_for_timeout(400)
+    chat.ask("晴，31度", "工具说：晴，31度")
     check(page)
     keep(page, shots / f"{ui}-{size}-call.png", size == "wide")
     chat.fill("key", "sk-wrong")
     if size == "narrow":
         chat.close_settings()
+    expect(chat.banner()).to_be_visible()
     chat.send("say 一")
-    page.wait_for_timeout(1500)
     chat.wait()
-    expect(chat.banner()).to_be_visible(timeout=10000)
+    expect(chat.banner()).to_be_visible()
     check(page)
     keep(page, shots / f"{ui}-{size}-banner.png", False)
 
@@ -125,8 +138,8 @@ def test_a_banner_and_a_tool_call_are_in_order(size, ui, visit, shots):
 def test_the_training_page_is_in_order(size, training_run, serve_page, new_page, shots):
     page = new_page(*SIZES[size])
     page.goto(serve_page("training", "--output-dir", training_run).address)
-    expect(page.locator('[data-testid="stDataFrame"]')).to_be_visible(timeout=20000)
-    page.wait_for_timeout(1500)
+    expect(page.locator('[data-testid="stDataFrame"]')).to_be_visible()
+    expect(page.locator('[data-testid="stVegaLiteChart"] .marks')).to_have_count(3)
     check(page)
     keep(page, shots / f"training-{size}.png", size == "wide")
 
@@ -136,14 +149,11 @@ def test_a_real_model_answers_in_the_browser(training_run, serve_page, new_page)
     chat = DRIVERS["gradio"](new_page(), serve_page("gradio", "--model", training_run).address).open()
     chat.fill("system", "你是谁")
     chat.send("你是谁")
-    chat.wait()
-    assert re.search(r"回答 [1-9]\d* 个 token", chat.status().inner_text())
+    expect(chat.status()).to_contain_text(re.compile(r"回答 [1-9]\d* 个 token"))
 
 
 def test_streamlit_runs_the_page_itself(scripted_api, new_page, tmp_path):
     """As the tutorial does: from any folder, with the page's settings in the environment, and nothing goes outside."""
-    from processes import PAGE_KEY, Process, free_port
-
     page_file = Path(__file__).resolve().parents[2] / "entrypoints" / "web" / "streamlit_page.py"
     port, outside = free_port(), tmp_path / "outside"
     outside.touch()
@@ -158,7 +168,7 @@ def test_streamlit_runs_the_page_itself(scripted_api, new_page, tmp_path):
     try:
         running.wait_for(f"http://127.0.0.1:{port}/_stcore/health")
         chat = DRIVERS["streamlit"](new_page(), f"http://127.0.0.1:{port}").open()
-        assert chat.ask("say 你好") == "你好"
+        chat.ask("say 你好")
     finally:
         running.end()
     assert outside.read_text() == ""

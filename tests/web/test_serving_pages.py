@@ -20,7 +20,7 @@ from entrypoints.web.serving import HEADERS, Guard
 
 def get(url: str, data: bytes | None = None) -> tuple[int, str, dict]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=10) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=60) as response:
             return response.status, response.read().decode(), dict(response.headers)
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(), dict(error.headers)
@@ -132,7 +132,7 @@ def test_with_a_model_the_command_starts_a_server_and_ends_it(how, toy_native, t
 
 def test_a_model_that_cannot_be_served_is_said_and_ends_the_command(tmp_path):
     found = subprocess.run(
-        [sys.executable, *glm("web", "--model", tmp_path)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, *glm("web", "--model", tmp_path)], capture_output=True, text=True, timeout=120, check=False
     )
     assert found.returncode == 1
     assert str(tmp_path) in found.stderr
@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_served_is_said_and_ends_the_command(tmp_path):
 def test_what_is_missing_is_said_in_one_line(words, expected, tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     found = subprocess.run(
-        [sys.executable, *glm("web", *words)], capture_output=True, text=True, timeout=60, check=False, env=environment
+        [sys.executable, *glm("web", *words)], capture_output=True, text=True, timeout=120, check=False, env=environment
     )
     assert found.returncode == 1
     assert expected in found.stderr.splitlines()[-1]
@@ -159,7 +159,7 @@ def test_what_is_missing_is_said_in_one_line(words, expected, tmp_path):
 def test_a_port_in_use_is_said_in_one_line(chat_pages, scripted_api):
     found = subprocess.run(
         [sys.executable, *map(str, glm("web", "--api", scripted_api.url, "--port", scripted_api.port))],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert found.returncode == 1
     assert f"cannot listen on 127.0.0.1:{scripted_api.port}" in found.stderr.splitlines()[-1]

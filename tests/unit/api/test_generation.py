@@ -60,12 +60,12 @@ def test_leaving_waits_until_the_engine_has_stopped(engine, pool):
 
 def test_cancelling_reaches_an_engine_that_has_no_token_yet(engine, pool):
     async def scene():
-        work = asyncio.create_task(collected(generate(engine, pool, task(engine, "count 1 30"))))
+        work = asyncio.create_task(collected(generate(engine, pool, task(engine, "count 1 300"))))
         while not engine.running:
             await asyncio.sleep(0.001)
         work.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(work, 2)
+            await asyncio.wait_for(work, 60)
         assert engine.running == 0
 
     run(scene())
@@ -111,10 +111,10 @@ def test_a_failure_of_one_closes_the_others_before_it_is_raised(engine, pool):
 
 def test_closing_the_merge_closes_every_answer(engine, pool):
     async def scene():
-        parts = [generate(engine, pool, task(engine, "count 1000 0.01")) for _ in range(2)]
+        parts = [generate(engine, pool, task(engine, "count 1000 0.2", 1000)) for _ in range(2)]
         async with contextlib.aclosing(merged(parts)) as pieces:
             async for _ in pieces:
                 break
 
     run(scene())
-    wait_until(lambda: engine.running == 0, 1)
+    wait_until(lambda: engine.running == 0)  # 200 s by themselves

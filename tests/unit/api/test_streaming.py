@@ -206,7 +206,7 @@ def test_a_failure_of_one_answer_ends_its_sisters(app, engine):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("script", ["count 1000 0.01", "count 1 5"], ids=["while tokens come", "before the first"])
+@pytest.mark.parametrize("script", ["count 1000 0.2", "count 1 200"], ids=["while tokens come", "before the first"])
 def test_the_slot_is_free_soon_after_the_caller_left(make_app, stream, script):
     """D7: with text flowing and without, streamed and not."""
     app = make_app(slots=1)
@@ -216,15 +216,12 @@ def test_the_slot_is_free_soon_after_the_caller_left(make_app, stream, script):
         gone = await call(
             app, "POST", CHAT, question(script, stream=stream), leave=lambda reply: serving.engine.running
         )
-        start = asyncio.get_running_loop().time()
-        answer = await call(app, "POST", CHAT, question("say x"))
-        return gone, answer, asyncio.get_running_loop().time() - start
+        return gone, await asyncio.wait_for(call(app, "POST", CHAT, question("say x")), 60)
 
-    gone, answer, seconds = run(scene())
+    gone, answer = run(scene())
     assert gone.status == (200 if stream else 499)
     assert not gone.body.endswith(b"[DONE]\n\n")
     assert (answer.status, serving.engine.running, serving.admission.running) == (200, 0, 0)
-    assert seconds < 0.5
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -233,7 +230,7 @@ def test_a_caller_who_leaves_the_queue_takes_no_slot(make_app, stream):
     serving = app.state.serving
 
     async def scene():
-        first = asyncio.create_task(call(app, "POST", CHAT, question("count 30 0.01")))
+        first = asyncio.create_task(call(app, "POST", CHAT, question("count 30 0.05")))
         while not serving.engine.running:
             await asyncio.sleep(0.001)
         await call(app, "POST", CHAT, question("count 9", stream=stream), leave=lambda reply: serving.admission.waiting)

@@ -183,7 +183,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 headers |= {"X-Linked-Size": str(len(body)), "X-Linked-Etag": f'"{sha(body)}"'}
                 headers["Location"] = f"{hub.storage.url}/storage/{quote(file)}?at={commit}&signature=sesame"
                 return self.reply(302, b"", headers)
-            hub.gate.wait(30)
+            hub.gate.wait(200)
             wanted = re.fullmatch(r"bytes=(\d+)-", asked.headers.get("range", ""))
             if not wanted or hub.ignores_range:
                 return self.reply(200, body, headers, file)

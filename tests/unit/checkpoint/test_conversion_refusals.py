@@ -221,7 +221,7 @@ from entrypoints.checkpoint import conversion
 
 def hold(*_):
     print("weights written", flush=True)
-    time.sleep(60)
+    time.sleep(300)
 
 conversion.write_manifest = hold
 sys.exit(main(["convert", *sys.argv[1:]]))
@@ -242,7 +242,7 @@ def held(source, target):
 def test_an_interrupted_conversion_leaves_no_target_and_the_next_one_works(number, leftovers, held, source, target):
     """A kill leaves the hidden folder and the lock file; the next run takes both away."""
     held.send_signal(number)
-    assert held.wait(30) in {signal.SIGTERM: [143], signal.SIGINT: [130], signal.SIGKILL: [-9]}[number]
+    assert held.wait(120) in {signal.SIGTERM: [143], signal.SIGINT: [130], signal.SIGKILL: [-9]}[number]
     assert not target.exists()
     assert len(list(target.parent.iterdir())) == leftovers
     convert_to_native(source, target, PromptFormat())

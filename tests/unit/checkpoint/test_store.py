@@ -13,6 +13,7 @@ import pytest
 
 from entrypoints.checkpoint import store
 from entrypoints.checkpoint.gguf import open_gguf
+from entrypoints.checkpoint.gguf_writing import write_gguf
 from entrypoints.checkpoint.hub import KNOWN
 from entrypoints.checkpoint.hub_transfer import ATTEMPTS
 from entrypoints.checkpoint.manifest import read_manifest, write_manifest
@@ -44,6 +45,13 @@ def on_the_hub(huggingface, toy_original):
     huggingface.revisions[revision] = {file.name: file.read_bytes() for file in toy_original.iterdir()}
     huggingface.storage.revisions = huggingface.revisions
     return huggingface
+
+
+def quantized(folder: Path) -> Path:
+    """Its q4_0 file; that `glm prepare` has the file checked too is seen in unit/jobs/test_prepare.py."""
+    return store.quantized(
+        folder, "q4_0", lambda folder, file, type_, finished: write_gguf(folder, file, type_, check=finished)
+    )
 
 
 def shown(folder: Path) -> list[str]:
@@ -95,13 +103,13 @@ def test_a_name_is_looked_up_in_the_given_folders_and_keeps_its_name(fill, toy_n
 def test_a_run_that_was_trained_anew_replaces_its_copy_and_the_file_made_of_it(fill, toy_native, tmp_path):
     run = shutil.copytree(toy_native, tmp_path / "mine")
     folder = fill(str(run))
-    file = store.quantized(folder, "q4_0")
+    file = quantized(folder)
     first = file.read_bytes()
     (run / "prompt.json").write_text('{"template": "chatglm3", "source_prefix": "写广告："}', encoding="utf-8")
     write_manifest(run, {"made_by": "glm train"})
     assert fill(str(run)) == folder
     assert open_native(folder, verify=True).prompt_format.source_prefix == "写广告："
-    assert store.quantized(folder, "q4_0").read_bytes() != first
+    assert quantized(folder).read_bytes() != first
     assert open_gguf(file).prompt_format.source_prefix == "写广告："
 
 
@@ -154,21 +162,21 @@ def test_a_damaged_checkpoint_is_refused(fill):
 
 
 def test_a_damaged_gguf_file_is_refused(fill):
-    file = store.quantized(fill("demo"), "q4_0")
+    file = quantized(fill("demo"))
     assert file.name == "demo-q4_0.gguf"
-    assert store.quantized(fill("demo"), "q4_0") == file
+    assert quantized(fill("demo")) == file
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"demo-q4_0\.gguf has other contents .*; remove it"):
-        store.quantized(fill("demo"), "q4_0")
+        quantized(fill("demo"))
 
 
 def test_a_gguf_file_of_unknown_origin_is_not_taken(fill):
-    file = store.quantized(fill("demo"), "q4_0")
+    file = quantized(fill("demo"))
     file.with_name(f"{file.name}.json").unlink()
     with pytest.raises(UserError, match=r"demo-q4_0\.gguf\.json is missing"):
-        store.quantized(fill("demo"), "q4_0")
+        quantized(fill("demo"))
 
 
 def test_an_adapter_is_no_model(fill, tmp_path):

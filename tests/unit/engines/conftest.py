@@ -16,7 +16,7 @@ from entrypoints.prompt import PromptFormat
 @pytest.fixture(scope="session")
 def llama(toy_gguf: Path) -> Iterator[LlamaCppEngine]:
     """The untrained toy with two slots."""
-    engine = LlamaCppEngine.load(toy_gguf, slots=2, threads=2)
+    engine = LlamaCppEngine.load(toy_gguf, slots=2, threads=1)
     yield engine
     engine.close()
 

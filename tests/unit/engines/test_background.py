@@ -39,7 +39,7 @@ def test_closing_ends_what_runs_then_runs_the_last_and_ends_the_thread():
     async def long() -> None:
         try:
             running.set()
-            await asyncio.sleep(60)
+            await asyncio.sleep(300)
         finally:
             order.append("ended")
 
@@ -47,7 +47,7 @@ def test_closing_ends_what_runs_then_runs_the_last_and_ends_the_thread():
         order.append("last")
 
     future = loop.submit(long)
-    assert running.wait(5)
+    assert running.wait(60)
     loop.close(last)
     assert order == ["ended", "last"]
     with pytest.raises(RuntimeError, match="the engine was closed"):
@@ -76,14 +76,14 @@ def test_cancelling_the_future_cancels_the_coroutine():
     async def long() -> None:
         try:
             running.set()
-            await asyncio.sleep(60)
+            await asyncio.sleep(300)
         finally:
             ended.set()
 
     future = loop.submit(long)
-    assert running.wait(5)
+    assert running.wait(60)
     future.cancel()
-    assert ended.wait(5)
+    assert ended.wait(60)
     with pytest.raises(concurrent.futures.CancelledError):
         future.result()
     loop.close(nothing)

@@ -66,7 +66,7 @@ def test_cancelling_ends_an_answer_between_two_tokens(engine):
     seen = [next(tokens) for _ in range(3)]
     cancelled.set()
     rest = list(tokens)
-    assert len(seen) + len(rest) < 100
+    assert len(seen) + len(rest) < LONG["max_new_tokens"]
     assert list(engine.generate(prompt_of(engine), Sampling(max_new_tokens=3, temperature=0))) == seen
 
 
@@ -84,7 +84,7 @@ def test_an_answer_that_waits_for_its_turn_hears_that_nobody_wants_it(toy_engine
         time.sleep(0.2)
         assert thread.is_alive()
         cancelled.set()
-        thread.join(2)
+        thread.join(60)
         assert found == [[]]
 
 
@@ -92,12 +92,12 @@ def test_a_caller_of_llamacpp_who_waits_for_the_slot_may_leave(llama):
     with started(llama, Sampling(**LONG)) as running:
         cancelled = threading.Event()
         answer = llama.generate(prompt_of(llama), Sampling(**LONG), None, cancelled)
-        thread, _ = in_thread(lambda: list(answer))
+        thread, found = in_thread(lambda: list(answer))
         time.sleep(0.1)
         cancelled.set()
         next(running)
-    thread.join(5)
-    assert not thread.is_alive()
+    thread.join(60)
+    assert len(found[0]) < LONG["max_new_tokens"]
 
 
 def test_a_hundred_cancelled_answers_leave_the_engine_as_it_was(engine):

@@ -1,7 +1,7 @@
 """Batching through transformers' own loop: what it gives, and what happens when it dies."""
 
+import logging
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -38,6 +38,18 @@ def test_batched_answers_equal_those_of_plain_generation(engine, toy_engine):
     assert answers(engine, prompts, 8) == plain, "more than there are slots wait for their turn"
 
 
+def test_whole_pages_that_another_prompt_began_with_are_not_read_again(engine, toy_engine, caplog, monkeypatch):
+    """transformers shares them among requests; its log is where it tells how many tokens it found."""
+    first, second = prompts_of(engine, [600, 700])
+    list(engine.generate(first, GREEDY))
+    log = logging.getLogger("ContinuousBatchingLogger")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    with caplog.at_level(logging.DEBUG, log.name):
+        answer = list(engine.generate(second, GREEDY))
+    assert "prefix match of 512 tokens" in caplog.text
+    assert answer == list(toy_engine.generate(second, GREEDY))
+
+
 def test_the_window_is_used_to_its_last_token(engine):
     (prompt,) = prompts_of(engine, [900])
     assert len(list(engine.generate(prompt, Sampling(max_new_tokens=5000, temperature=0)))) == 1024 - len(prompt)
@@ -64,10 +76,8 @@ def test_a_dead_loop_fails_what_runs_and_what_comes_and_says_so(engine):
     with pytest.raises(RuntimeError):
         list(running)
     wait_until(lambda: engine.broken == "the batching loop died")
-    start = time.monotonic()
     with pytest.raises(RuntimeError):
         list(engine.generate(prompt, GREEDY))
-    assert time.monotonic() - start < 5
 
 
 def test_closing_ends_running_answers_with_an_error(toy_native):
@@ -79,5 +89,5 @@ def test_closing_ends_running_answers_with_an_error(toy_native):
     closing.start()
     with pytest.raises(RuntimeError):
         list(running)
-    closing.join(10)
+    closing.join(60)
     assert not closing.is_alive()

@@ -3,7 +3,7 @@
 import pytest
 
 from entrypoints.checkpoint.layout import Shape
-from entrypoints.engines.fitting import GPU_SIZES, HOST_SIZES, file_memory, gpu_choices, host_choices
+from entrypoints.engines.fitting import GB, GPU_SIZES, HOST_SIZES, file_memory, gpu_choices, here, host_choices
 
 CHATGLM3_6B = Shape(28, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)  # config.json of chatglm3-6b
 
@@ -15,6 +15,11 @@ def test_each_size_of_host_memory_is_told_what_fits_the_nearest_first():
     assert names[8] == files[1:]
     assert names[16] == [*files, "the folder in bfloat16"]
     assert names[32] == names[64] == [*files, "the folder in float32", "the folder in bfloat16"]
+
+
+@pytest.mark.parametrize(("free", "first"), [(4 * GB, None), (5 * GB, "q4_k_m (4.9 GB)"), (100 * GB, "q8_0 (7.4 GB)")])
+def test_what_fits_this_machine_is_told_of_its_free_memory(free, first):
+    assert next(iter(here(CHATGLM3_6B, free)), None) == first
 
 
 def test_each_size_of_gpu_is_told_in_how_many_bits_the_folder_fits():

@@ -10,19 +10,19 @@ PROGRAM = """
 import subprocess, sys, time
 from entrypoints.engines.guard import Guard
 guard = Guard()
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
 time.sleep({wait})
 if {dismissed}:
     guard.dismiss()
     guard.dismiss()
 print(child.pid, flush=True)
-time.sleep(60)
+time.sleep(300)
 """
 
 
-def killed(dismissed: bool) -> tuple[psutil.Process, list[psutil.Process]]:
-    """Kill a program with a child and a guard; returns the child and all that it had started."""
-    source = PROGRAM.format(wait=2 * INTERVAL_SECONDS, dismissed=dismissed)
+def killed(dismissed: bool, looks: int = 2) -> tuple[psutil.Process, list[psutil.Process]]:
+    """Kill a program with a child, and a guard that had time for so many looks; the child, and all that was started."""
+    source = PROGRAM.format(wait=looks * INTERVAL_SECONDS, dismissed=dismissed)
     with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as program:
         child = psutil.Process(int(program.stdout.readline()))
         started = psutil.Process(program.pid).children(recursive=True)
@@ -31,10 +31,10 @@ def killed(dismissed: bool) -> tuple[psutil.Process, list[psutil.Process]]:
 
 
 def test_what_a_killed_process_started_ends_and_the_guard_with_it():
-    child, started = killed(dismissed=False)
+    child, started = killed(dismissed=False, looks=5)
     assert child in started
     assert len(started) == 2
-    assert not psutil.wait_procs(started, timeout=10)[1]
+    assert not psutil.wait_procs(started, timeout=60)[1]
 
 
 def test_a_dismissed_guard_kills_nothing():

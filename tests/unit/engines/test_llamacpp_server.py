@@ -27,7 +27,7 @@ ROUTES = [
 
 
 def test_closing_the_engine_ends_running_answers_with_an_error(toy_gguf, prompts):
-    engine = LlamaCppEngine.load(toy_gguf, slots=1, threads=2)
+    engine = LlamaCppEngine.load(toy_gguf, slots=1, threads=1)
     answer = engine.generate(prompts[0], Sampling(max_new_tokens=1000))
     next(answer)
     engine.close()
@@ -45,12 +45,11 @@ def listeners():
 
 def test_llama_cpps_own_server_cannot_be_reached(toy_gguf):
     """It would be a way around API keys: no port is opened, and its socket file is gone."""
-    before, files = listeners(), set(Path(tempfile.gettempdir()).glob("glm-*"))
-    engine = LlamaCppEngine.load(toy_gguf, slots=1, threads=2)
+    before = listeners()
+    engine = LlamaCppEngine.load(toy_gguf, slots=1, threads=1)
     assert listeners() == before
-    assert set(Path(tempfile.gettempdir()).glob("glm-*")) == files
     address = engine._calls._server.listening_address
-    assert address.startswith("unix://") and not Path(address.removeprefix("unix://")).exists()
+    assert address.startswith("unix:///") and not Path(address.removeprefix("unix://")).parent.exists()
     engine.close()
 
 
@@ -58,7 +57,7 @@ def test_llama_cpps_own_server_would_answer_nobody_without_its_key(toy_gguf, mon
     """The second door, behind the one of the test above: here the socket stays."""
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **_: contextlib.nullcontext(folder))
-        engine = LlamaCppEngine.load(toy_gguf, slots=1, threads=2)
+        engine = LlamaCppEngine.load(toy_gguf, slots=1, threads=1)
         transport = httpx2.HTTPTransport(uds=f"{folder}/llama.sock")
         with httpx2.Client(transport=transport, base_url="http://llama") as client:
             codes = {f"{method} {path}": client.request(method, f"/{path}").status_code for method, path in ROUTES}
@@ -71,12 +70,12 @@ def test_llama_cpps_own_server_would_answer_nobody_without_its_key(toy_gguf, mon
 def test_an_engine_can_be_closed_as_soon_as_it_is_loaded(toy_gguf):
     """llama.cpp's server hangs if it is ended before its loop has begun: one of a few times, on a busy machine."""
     for _ in range(5):
-        LlamaCppEngine.load(toy_gguf, slots=1, threads=2).close()
+        LlamaCppEngine.load(toy_gguf, slots=1, threads=1).close()
 
 
 def test_nothing_is_printed(toy_gguf, prompts, capfd):
     """stdout is the answer's."""
-    engine = LlamaCppEngine.load(toy_gguf, slots=1, threads=2)
+    engine = LlamaCppEngine.load(toy_gguf, slots=1, threads=1)
     list(engine.generate(prompts[0], GREEDY))
     engine.close()
     assert capfd.readouterr() == ("", "")

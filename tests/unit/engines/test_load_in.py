@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 
+from entrypoints.engines import placement
 from entrypoints.engines.loading import check
 from entrypoints.engines.transformers_engine import TransformersEngine
 from entrypoints.errors import UserError
@@ -40,11 +41,22 @@ def test_what_cannot_be_loaded_in_fewer_bits_is_refused(
         check(engine, toy_gguf if engine == "llamacpp" else toy_native, adapters, "4bit")
 
 
-def test_without_a_cuda_device_it_is_refused_before_loading(bitsandbytes, toy_native, monkeypatch):
+def test_more_memory_than_there_is_is_refused_before_loading(bitsandbytes, toy_native, monkeypatch):
     bitsandbytes(True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--load-in 8bit needs a CUDA device"):
-        check("transformers", toy_native, {}, "8bit")
+    monkeypatch.setattr(placement, "available_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"the model needs 0\.0 GB of memory"):
+        check("transformers", toy_native, {}, "8bit", "cpu")
+
+
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_a_processor_computes_in_fewer_bits_too(load_in, toy_native):
+    pytest.importorskip("bitsandbytes")
+    engine = TransformersEngine.load(toy_native, device="cpu", load_in=load_in)
+    assert (
+        type(engine.model.model.layers[0].mlp.down_proj).__name__
+        == {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[load_in]
+    )
+    assert len(list(engine.generate([300, 301], Sampling(max_new_tokens=4, temperature=0)))) <= 4
 
 
 @pytest.mark.gpu

@@ -13,12 +13,14 @@ from entrypoints.errors import UserError
 @pytest.fixture
 def group(tmp_path, monkeypatch):
     """Write a file of the control group; the machine around it has 8 processors and 100 bytes of free memory."""
+    (tmp_path / "membership").write_text("4:memory:/\n1:cpu,cpuacct:/\n0::/\n")
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100, total=1000))
 
     def write(name, content):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"{content}\n")
 
     return write
@@ -42,6 +44,39 @@ def test_the_older_kind_of_quota_counts_too(quota, expected, group):
     group("cpu/cpu.cfs_quota_us", quota)
     group("cpu/cpu.cfs_period_us", "100000")
     assert machine.available_cpus() == expected
+
+
+def test_the_smallest_limit_counts_of_ones_own_group_and_those_above(group):
+    """As systemd nests them, with another group beside; a group of groups has no processes of its own."""
+    group("membership", "0::/user.slice/mine.scope")
+    for name, memory, quota in (("user.slice", 90, 5), ("user.slice/mine.scope", 60, 3), ("other.slice", 1, 1)):
+        group(f"{name}/memory.max", memory)
+        group(f"{name}/memory.current", 10)
+        group(f"{name}/cpu.max", f"{quota}00000 100000")
+    assert (machine.available_memory(), machine.memory_limit(), machine.available_cpus()) == (50, 60, 3)
+    group("user.slice/mine.scope/memory.max", "max")
+    assert (machine.available_memory(), machine.memory_limit()) == (80, 90)
+
+
+def test_inside_a_container_the_hosts_path_is_not_there_and_the_top_counts(group):
+    group("membership", "4:memory:/docker/0123\n1:cpu,cpuacct:/docker/0123")
+    group("memory/memory.limit_in_bytes", 70)
+    group("memory/memory.usage_in_bytes", 10)
+    group("cpu/cpu.cfs_quota_us", "200000")
+    assert (machine.available_memory(), machine.memory_limit(), machine.available_cpus()) == (60, 70, 2)
+
+
+@pytest.mark.parametrize("text", ["max", "9223372036854771712"])
+def test_no_limit_is_none(text, group):
+    """The older kind writes the largest number of whole pages."""
+    group("memory.max" if text == "max" else "memory/memory.limit_in_bytes", text)
+    group("memory/memory.usage_in_bytes", 10)
+    assert machine.memory_limit() is None
+
+
+def test_a_system_without_control_groups_has_no_limits(group, monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "absent")
+    assert (machine.available_memory(), machine.memory_limit(), machine.available_cpus()) == (100, None, 8)
 
 
 def test_affinity_counts_before_the_quota(group, monkeypatch):

@@ -11,10 +11,12 @@ import transformers
 from entrypoints.checkpoint.layout import Shape
 from entrypoints.checkpoint.native import open_native
 from entrypoints.demo.model import SHAPE
-from entrypoints.engines import machine, placement
+from entrypoints.engines import machine, placement, transformers_engine
 from entrypoints.engines.placement import Placement, gpus_needed, place, spread, weight_bytes
 from entrypoints.engines.prefix import PrefixedGlm
+from entrypoints.engines.transformers_engine import TransformersEngine
 from entrypoints.errors import UserError
+from entrypoints.sampling import Sampling
 
 # config.json of chatglm3-6b
 CHATGLM3_6B = Shape(28, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
@@ -160,6 +162,19 @@ def test_the_processors_flags_tell_whether_it_has_bfloat16(flags, expected, monk
     assert placement.cpu_computes_bf16() is expected
 
 
+def test_torch_computes_with_as_many_threads_as_the_quota_allows(monkeypatch):
+    """And never with more than OMP_NUM_THREADS asked for."""
+    before = torch.get_num_threads()
+    try:
+        for asked, allowed, expected in ((2, 1, 1), (1, 2, 1)):
+            torch.set_num_threads(asked)
+            monkeypatch.setattr(placement, "available_cpus", lambda allowed=allowed: allowed)
+            placement.share_processors()
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_refused(device, gpus):
     gpus()
@@ -185,9 +200,9 @@ def test_a_placement_reads_as_devices_and_precision():
     assert str(Placement({"a": "cuda:0", "b": "cuda:0", "c": "cuda:1"}, torch.float16)) == "cuda:0, cuda:1 in float16"
 
 
-@pytest.mark.parametrize(("load_in", "gigabytes"), [("8bit", 6.78), ("4bit", 3.92)])
+@pytest.mark.parametrize(("load_in", "gigabytes"), [("8bit", 6.78), ("4bit", 4.28)])
 def test_fewer_bits_make_the_6b_fit_smaller_gpus(load_in, gigabytes, gpus):
-    """Embedding and output layer, 0.53 billion numbers, stay in 16 bits."""
+    """Embedding and output layer, 0.53 billion numbers, stay in 16 bits; 4 bits have a scale for every 64 numbers."""
     assert placement.loaded_bytes(CHATGLM3_6B, load_in, 2) / 1e9 == pytest.approx(gigabytes, abs=0.01)
     gpus(8 * GB)
     assert set(place(CHATGLM3_6B, load_in=load_in).device_map.values()) == {"cuda:0"}
@@ -196,7 +211,37 @@ def test_fewer_bits_make_the_6b_fit_smaller_gpus(load_in, gigabytes, gpus):
         place(CHATGLM3_6B, load_in=load_in)
 
 
-def test_bitsandbytes_is_for_cuda(gpus):
+def test_bitsandbytes_is_not_for_apples_gpus(gpus, monkeypatch):
     gpus()
-    with pytest.raises(UserError, match=r"--load-in 4bit needs a CUDA device.*glm quantize"):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"does not compute in 4 bits on mps; use a GGUF file: glm quantize"):
         place(SHAPE, load_in="4bit")
+    assert set(place(SHAPE, "cpu", load_in="4bit").device_map.values()) == {"cpu"}
+
+
+def test_a_processor_needs_more_to_make_fewer_bits_than_to_read_them(gpus, monkeypatch):
+    """The largest matrix of the 6B has 112 million numbers, and some are made smaller at the same time."""
+    gpus()
+    monkeypatch.setattr(placement, "available_memory", lambda: 5 * GB)
+    assert set(place(CHATGLM3_6B, "cpu", "bfloat16", "4bit", stored=True).device_map.values()) == {"cpu"}
+    with pytest.raises(UserError, match=r"needs 5\.6 GB of memory"):
+        place(CHATGLM3_6B, "cpu", "bfloat16", "4bit")
+
+
+def test_a_model_split_in_two_answers_as_the_whole_one(toy_native, monkeypatch):
+    """C7: the second half's layers come from the disk whenever they run, the only other place a processor has."""
+    whole = TransformersEngine.load(toy_native, device="cpu", dtype="float32")
+    stages = {"cpu:0": "cpu", "cpu:1": "disk"}
+    halves = {name: stages[stage] for name, stage in spread(SHAPE, 2, "cpu").items()}
+    on_disk = [halves[f"model.layers.{number}"] == "disk" for number in range(SHAPE.layers)]
+    assert sorted(set(on_disk)) == [False, True]
+    monkeypatch.setattr(transformers_engine, "place", lambda *_, **__: Placement(halves, torch.float32))
+    split = TransformersEngine.load_for_serving(toy_native, {}, slots=4)
+    layers = split.model.model.layers
+    assert [next(layer.parameters()).is_meta for layer in layers] == on_disk
+    assert split.slots == 1  # batching is for one device
+    prompts = [[300, 301, 302, 303], [310, 311]]
+    greedy = Sampling(max_new_tokens=12, temperature=0)
+    for prompt in prompts:
+        assert list(split.generate(prompt, greedy)) == list(whole.generate(prompt, greedy))
+    assert split.generate_batch(prompts, greedy) == whole.generate_batch(prompts, greedy)

@@ -130,7 +130,7 @@ def test_a_file_of_each_type_is_near_its_source(type_, sharp, tmp_path):
     assert 0 <= found.divergence <= gguf_check.BOUNDS[type_]
     assert 5 <= found.tokens <= 5 * gguf_check.ANSWER_TOKENS
     assert found.same > found.tokens / 2
-    assert set(gguf_check.BOUNDS) == set(TYPES)
+    assert set(TYPES) <= set(gguf_check.BOUNDS)
 
 
 def test_half_precision_chooses_every_token_as_its_source(sharp, tmp_path):
@@ -146,7 +146,7 @@ def test_the_file_of_another_model_is_not_near(sharp, tmp_path):
     _, found = quantise(Order(sharp, tmp_path / "out.gguf", "q8_0"))
     require_near(found, "q8_0")
     other = open_native(changed(sharp, tmp_path / "other", shuffle))
-    with pytest.raises(UserError, match="the q8_0 file is not its source: mean KL"):
+    with pytest.raises(UserError, match="the q8_0 model is not its source: mean KL"):
         require_near(compare(tmp_path / "out.gguf", other), "q8_0")
 
 
@@ -163,7 +163,7 @@ def test_weights_that_four_bits_cannot_hold_leave_no_file(toy_native, tmp_path):
 
     folder = changed(toy_native, tmp_path / "native", outliers)
     quantise(Order(folder, tmp_path / "out-f16.gguf", "f16"))
-    with pytest.raises(UserError, match=r"the q4_0 file is not its source.*use a type with more bits"):
+    with pytest.raises(UserError, match=r"the q4_0 model is not its source.*use a type with more bits"):
         quantise(Order(folder, tmp_path / "out.gguf", "q4_0"))
     assert {path.name for path in tmp_path.iterdir()} == {"native", "out-f16.gguf"}
 

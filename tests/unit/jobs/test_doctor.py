@@ -1,7 +1,6 @@
 import importlib.metadata
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,14 +16,13 @@ def test_every_fact_of_the_machine_has_a_line(glm):
     done = glm("doctor")
     facts = lines_of(done.out)
     assert done.code == 0
-    assert {"python", *doctor.PACKAGES, "processor", "memory", "disk", "/dev/shm", "llama.cpp", "settings"} <= set(
-        facts
-    )
+    machine = {"memory", "threads", "disk", "/dev/shm", "driver", "toolkit", "processor"}
+    assert {"python", *doctor.PACKAGES, *machine, "llama.cpp", "settings"} <= set(facts)
     assert any(name.startswith("gpu") for name in facts)
     assert facts["torch"] == importlib.metadata.version("torch")
-    assert re.fullmatch(r"\d+\.\d GB available", facts["memory"])
+    assert re.match(r"\d+\.\d GB available", facts["memory"])
     assert re.match(r"\d+\.\d GB free in /", facts["disk"])
-    assert re.match(r"\d+ threads, bfloat16 in hardware: (yes|no)", facts["processor"])
+    assert re.fullmatch(r"bfloat16 in hardware: (yes|no)", facts["processor"])
 
 
 def test_a_package_that_is_not_installed_is_called_missing(monkeypatch, glm):
@@ -69,6 +67,7 @@ def test_a_model_that_does_not_fit_is_a_mistake_with_both_sizes(toy_native, monk
 
 def test_what_would_fit_which_machine_is_told(toy_native, glm):
     facts = lines_of(glm("doctor", "--model", toy_native).out)
+    assert facts["fits here"].startswith("q8_0 (0.5 GB)")
     assert facts["8 GB memory"].startswith("q8_0 (0.5 GB), q5_k_m (0.5 GB)")
     assert re.fullmatch(r"16 bits \(\d+ windows\), --load-in 8bit .*", facts["6 GB GPU"])
 
@@ -86,8 +85,3 @@ def test_what_would_fit_which_machine_is_told(toy_native, glm):
 def test_it_tells_which_types_can_be_made(find, words, monkeypatch, glm):
     monkeypatch.setattr(ggml, "_function", find)
     assert lines_of(glm("doctor").out)["llama.cpp"] == words
-
-
-def test_little_shared_memory_is_told_with_its_remedy(monkeypatch, glm):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=64 << 20))
-    assert "--shm-size" in lines_of(glm("doctor").out)["/dev/shm"]

@@ -90,14 +90,73 @@ def test_a_processor_without_avx2_is_refused_before_llama_cpp_is_loaded(
         assert "this processor has no avx2, bmi2, fma, which llama.cpp's build needs" in glm(*words).mistake()
 
 
-def test_a_disk_that_fills_up_midway_leaves_nothing(toy_native, tmp_path):
+@pytest.mark.parametrize(("name", "type_"), [("out.gguf", "q4_0"), ("out", "nf4")])
+def test_a_disk_that_fills_up_midway_leaves_nothing(name, type_, toy_native, tmp_path):
     """A limit on the size of files stands for the disk: the check before writing does not see it either."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
         "from entrypoints.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
-    words = [sys.executable, "-c", code, "quantize", toy_native, tmp_path / "out.gguf"]
+    if type_ == "nf4":
+        pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes (extra qlora)")
+    words = [sys.executable, "-c", code, "quantize", toy_native, tmp_path / name, "--type", type_]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert re.search(r"glm: writing .*out\.gguf failed: .*; free space or check the disk", done.stderr)
+    assert re.search(rf"glm: writing .*{name} failed: .*; free space or check the disk", done.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def small(toy_native, tmp_path_factory):
+    """The toy as a folder in 8 bits, made by the command."""
+    pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes (extra qlora)")
+    folder = tmp_path_factory.mktemp("small") / "int8"
+    assert main(["quantize", str(toy_native), str(folder), "--type", "int8"]) == 0
+    return folder
+
+
+def test_a_folder_in_fewer_bits_is_known_to_every_command_that_asks(small, rows_file, sample_rows, tmp_path, glm):
+    assert f"{small}: 8 files as the manifest says" in glm("verify", small).out
+    facts = glm("doctor", "--model", small)
+    assert (facts.code, "8bit" in facts.out, "goes to" in facts.out) == (0, True, True)
+    asked = glm("chat", "--model", small, "--prompt", "你好", "--max-new-tokens", 8, "--json")
+    assert json.loads(asked.out)["completion_tokens"] == 8
+    rows = rows_file(*sample_rows[:2])
+    words = ["evaluate", "--model", small, "--test-file", rows, "--output-dir", tmp_path / "scores"]
+    done = glm(*words, "--max-target-length", 8)
+    assert done.code == 0, done.err
+    assert len((tmp_path / "scores" / "generated_predictions.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "freeze"])
+def test_a_folder_in_fewer_bits_is_not_tuned(method, small, rows_file, sample_rows, tmp_path, glm):
+    """I2: the weights it was made from are; QLoRA makes fewer bits of them itself."""
+    words = ["--train-file", rows_file(*sample_rows[:2]), "--output-dir", tmp_path / "out", "--method", method]
+    told = glm("train", "--model-name-or-path", small, *words).mistake()
+    assert f"{small} is quantised already: it can be asked, not tuned" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_fewer_bits_is_not_quantised_again(small, tmp_path, glm):
+    for name, type_ in (("out.gguf", "q4_0"), ("out", "nf4")):
+        assert "is quantised already" in glm("quantize", small, tmp_path / name, "--type", type_).mistake()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--adapter", "lora"], "--type int8 takes no --adapter; merge a LoRA first: glm export"),
+        (["--imatrix", "rows.jsonl"], "--imatrix changes nothing with --type int8"),
+    ],
+)
+def test_what_a_folder_in_fewer_bits_cannot_take_is_refused(flags, words, toy_native, tmp_path, glm):
+    assert words in glm("quantize", toy_native, tmp_path / "out", "--type", "int8", *flags).mistake()
+
+
+def test_a_folder_with_the_name_of_a_file_or_one_that_is_there_is_refused(toy_native, tmp_path, glm):
+    told = glm("quantize", toy_native, tmp_path / "out.gguf", "--type", "nf4").mistake()
+    assert "--type nf4 makes a folder" in told
+    (tmp_path / "out").mkdir()
+    told = glm("quantize", toy_native, tmp_path / "out", "--type", "nf4").mistake()
+    assert told == f"glm: {tmp_path / 'out'} exists; choose another name, or remove it"

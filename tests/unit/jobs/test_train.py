@@ -86,7 +86,7 @@ def test_a_mistake_is_told_before_torch_is_imported(words, told, toy_native, row
     code = "import sys; from entrypoints.__main__ import main; code = main(sys.argv[1:]); print('torch' in sys.modules)"
     common = ["--model-name-or-path", toy_native, "--train-file", rows_file(ROW), "--output-dir", tmp_path / "out"]
     command = [sys.executable, "-c", code, "train", *map(str, common), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert told in done.stderr
     assert done.stdout == "False\n"
 

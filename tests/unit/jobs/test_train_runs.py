@@ -13,7 +13,7 @@ from entrypoints.__main__ import main
 from entrypoints.checkpoint.manifest import read_manifest
 from entrypoints.checkpoint.native import open_native
 from entrypoints.engines.transformers_engine import TransformersEngine
-from entrypoints.prompt import PromptFormat
+from entrypoints.prompt import PromptFormat, as_messages
 from entrypoints.training import trainer
 from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.batches import RowEncoder
@@ -168,6 +168,14 @@ def test_validation_rows_of_any_number_give_a_loss(count, train, rows_file):
     assert "eval_loss" in done.err
 
 
+@pytest.mark.parametrize("method", [("lora",), ("ptuning", "--pre-seq-len", 4)], ids=lambda words: words[0])
+def test_validation_rows_give_a_loss_with_an_adapter_too(method, train, rows_file):
+    """G13: the Trainer finds no labels in the signature of a model with a prefix."""
+    done = train("--method", *method, "--validation-file", rows_file(ROWS[1], name="dev.jsonl"))
+    assert done.code == 0
+    assert "eval_loss" in done.err
+
+
 def test_an_empty_validation_file_turns_validation_off_with_a_notice(train, tmp_path):
     """F6: 0 bytes."""
     (tmp_path / "dev.jsonl").write_bytes(b"")
@@ -195,6 +203,26 @@ def test_test_rows_are_answered_and_scored_at_the_end(train, rows_file, tmp_path
     assert [json.loads(line)["prompt"] for line in answers] == [row["ask"] for row in ROWS]
     assert json.loads((tmp_path / "out" / "predict_results.json").read_text(encoding="utf-8"))["n"] == 2
     assert glm("verify", tmp_path / "out").code == 0
+
+
+def test_conversations_with_a_tool_are_learnt_packed_and_answered_from_all_that_was_said(
+    glm, toy_native, rows_file, asked, tmp_path
+):
+    """F7: the tool's schema, its call and what it observed are in front of the answer, as the API would put them."""
+    tool = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    turns = [
+        {"role": "system", "content": "查天气", "tools": [tool]},
+        {"role": "user", "content": "北京天气"},
+        {"role": "assistant", "metadata": "get_weather", "content": "```python\ntool_call(city='北京')\n```"},
+        {"role": "observation", "content": "31度"},
+        {"role": "assistant", "content": "北京31度。"},
+    ]
+    file = rows_file({"talk": turns}, {"talk": turns[1:2] + turns[4:]})
+    words = [*flags(toy_native, file, tmp_path / "out"), "--conversations-column", "talk", "--packing"]
+    done = glm("train", *words, "--max-steps", 2, "--test-file", file, "--predict-with-generate")
+    assert done.code == 0, done.err
+    tokenizer = open_native(toy_native).tokenizer
+    assert PromptFormat().encode(as_messages(turns[:-1]), tokenizer) in asked.prompts
 
 
 def test_rows_of_like_length_share_a_batch(toy_native, tmp_path, monkeypatch):

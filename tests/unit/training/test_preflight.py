@@ -2,10 +2,12 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_disk import with_small_disk
 
 from entrypoints.checkpoint.layout import Shape
 from entrypoints.checkpoint.native import open_native
@@ -124,17 +126,22 @@ def test_dry_run_prints_the_table_and_the_launch_line_and_writes_nothing(toy_nat
     assert not (tmp_path / "out").exists()
 
 
+SMALL_MEMORY = """
+import sys
+from pathlib import Path
+from entrypoints.training.preflight import refuse_small_shared_memory
+
+refuse_small_shared_memory(1, Path(sys.argv[1]))
+print("enough for one", flush=True)
+refuse_small_shared_memory(8, Path(sys.argv[1]))
+"""
+
+
 def test_a_containers_default_shared_memory_is_refused_with_several_processes(tmp_path):
     """A real one of 64 MB where this may be mounted, else only what is not refused."""
     preflight.refuse_small_shared_memory(8, tmp_path)  # a disk: far more
     preflight.refuse_small_shared_memory(8, tmp_path / "nowhere")
-    small = tmp_path / "shm"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    try:
-        preflight.refuse_small_shared_memory(1, small)
-        with pytest.raises(UserError, match=r"has 64 MB, and 8 processes .*--shm-size"):
-            preflight.refuse_small_shared_memory(8, small)
-    finally:
-        subprocess.run(["umount", small], check=True)
+    words = [*with_small_disk(tmp_path, 64), sys.executable, "-c", SMALL_MEMORY, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "enough for one\n"), done.stderr
+    assert re.search(r"UserError: .*has 64 MB, and 8 processes .*--shm-size", done.stderr)

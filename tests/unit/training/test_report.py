@@ -3,6 +3,9 @@
 import json
 from html.parser import HTMLParser
 
+import pytest
+
+from entrypoints import scoring
 from entrypoints.__main__ import main
 from entrypoints.training import report
 from entrypoints.training.arguments import TrainArguments
@@ -90,3 +93,17 @@ def test_a_run_with_scores_reports_answers_before_and_after(toy_native, sample_f
     assert text.count("类型#") >= 3
     assert "| question | before | after |" in text and "| rouge_l |" in text
     assert list((tmp_path / "out" / "runs").glob("*/events.out.tfevents.*"))  # TensorBoard, nothing to be said
+
+
+def test_an_evaluation_that_breaks_ends_the_run_before_its_first_step(toy_native, sample_file, tmp_path, monkeypatch):
+    """G13: not after hours. What breaks in a release is not known before, so the scores break here."""
+
+    def breaks(*_):
+        raise KeyError("loss")
+
+    monkeypatch.setattr(scoring, "score", breaks)
+    words = ["--model-name-or-path", toy_native, "--train-file", sample_file, "--output-dir", tmp_path / "out"]
+    words += ["--test-file", sample_file, "--predict-with-generate", "--max-target-length", 8, "--device", "cpu"]
+    with pytest.raises(KeyError, match="loss"):
+        main([str(word) for word in ["train", *words]])
+    assert not (tmp_path / "out").exists()
