@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from entrypoints.checkpoint.files import require_space, written_beside
 from entrypoints.checkpoint.layout import FOLDER_TYPES
@@ -52,7 +53,11 @@ def _write(checkpoint: NativeCheckpoint, partial: Path, type_: str, dtype: torch
     load_in = FOLDER_TYPES[type_]
     logger.info("quantising %s to %s", checkpoint.folder, type_)
     # saved before it computes anything: on processors 4 bits are then laid out anew, in an order that is never stored
-    load_model(checkpoint.folder, Placement({"": "cpu"}, dtype), load_in).save_pretrained(partial, max_shard_size=SHARD)
+    model = load_model(checkpoint.folder, Placement({"": "cpu"}, dtype), load_in)
+    try:
+        model.save_pretrained(partial, max_shard_size=SHARD)
+    except SafetensorError as error:  # what the disk said, in the library's words
+        raise OSError(str(error)) from error
     for file in partial.iterdir():
         file.chmod(0o644)  # the library makes weights 0600, which a container's other user cannot read
     copy_vocabulary(checkpoint.folder, partial)
