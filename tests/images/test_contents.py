@@ -8,7 +8,7 @@ import pytest
 # bytes, uncompressed; images/NAME/README.md tells what they are made of
 BUDGETS = {"infer-quantized": 700e6, "infer-cpu": 2.2e9, "infer-cuda": 9e9, "train-cuda": 12e9}
 COMPILERS = {"gcc", "cc", "g++", "clang", "make", "nvcc"}
-ALLOWED = {"infer-cuda": {"gcc"}}  # Triton compiles its launchers at run time
+ALLOWED = {"infer-cuda": {"cc", "gcc"}}  # Triton compiles its launchers at run time
 UNWANTED = re.compile(
     r"(^|/)\.git(/|$)|^root/\.cache/|^run/secrets/.|^(wheelhouse|wheels|requirements|scripts|src|pip)/.|^var/cache/apt/.*\.deb$"
     r"|^var/lib/apt/lists/.*_Packages|^venv/bin/pip|^(?!usr/)(.*\.whl)$|(^|/)(id_rsa|\.netrc|pip\.conf|\.env)$"
