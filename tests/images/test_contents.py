@@ -98,7 +98,11 @@ def test_the_image_of_llama_cpp_asks_for_huge_pages(image):
 
 def test_the_user_has_a_passwd_entry_and_may_not_change_the_image(image, finish):
     code, text = finish(
-        name_of(image), "-c", "id -un; id -u; touch /app/x /venv/x /usr/x", entrypoint="/bin/sh", network_mode="none"
+        name_of(image),
+        "-c",
+        "id -un; id -u; touch /app/x /venv/x /usr/x 2>&1",
+        entrypoint="/bin/sh",
+        network_mode="none",
     )
     assert text.splitlines()[:2] == ["glm", "10001"]
     assert text.count("Permission denied") == 3
