@@ -108,6 +108,9 @@ else
 	  $(COMPOSE) --profile train run --rm train
 endif
 
+llamacpp: $(READY) ## Compile llama.cpp for this machine's processor into .venv (needs g++, 6 minutes)
+	images/scripts/llamacpp $(VENV)/bin/python $(LOCKS)/dev.lock native
+
 doctor: ## Show what this machine offers, and what containers lack to use its GPUs
 	compose/gpu-ready || true
 	$(if $(wildcard $(READY)),$(GLM) doctor $(if $(MODEL),--model $(MODEL)))
@@ -185,4 +188,4 @@ k8s-rendered: ## Renew the reviewed renderings in tests/manifests/rendered after
 clean: ## Remove the environment and the demo's output
 	rm -rf $(VENV) $(VLLM_VENV) demo build *.egg-info
 
-.PHONY: help venv demo up down logs chat serve evaluate quantize train doctor gpu-ready test test-vllm lint fix bench soak lock images wheelhouse pins sbom test-images-full k8s-rendered clean
+.PHONY: help venv demo up down logs chat serve evaluate quantize train llamacpp doctor gpu-ready test test-vllm lint fix bench soak lock images wheelhouse pins sbom test-images-full k8s-rendered clean

@@ -12,12 +12,18 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from entrypoints.checkpoint.files import refuse_lfs_pointer, safetensors_header, written_beside
 from entrypoints.checkpoint.layout import Shape, tensors
 from entrypoints.checkpoint.manifest import write_manifest
-from entrypoints.checkpoint.native import open_native, read_prompt_format, write_json, write_prompt_format
+from entrypoints.checkpoint.native import (
+    open_native,
+    read_prompt_format,
+    save_tensors,
+    write_json,
+    write_prompt_format,
+)
 from entrypoints.checkpoint.original import TensorFiles, open_tensors, read_json
 from entrypoints.checkpoint.prefix_encoder import encoder_shapes, finished_prefix
 from entrypoints.errors import UserError
@@ -71,8 +77,7 @@ def convert_adapter(
     else:
         name, data, config = _prefix(source, shape or _shape_of_prefix(source / "config.json"))
     with written_beside(target, overwrite) as folder:
-        save_file(data, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)
+        save_tensors(data, folder / name)
         write_json(folder / CONFIG_FILE, config)
         write_prompt_format(folder, prompt_format)
         write_manifest(folder, {"made_by": "glm convert", "source": source.resolve().name})

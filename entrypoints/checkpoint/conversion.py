@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from entrypoints.checkpoint import native
@@ -138,8 +137,7 @@ def _write_weights(
             written_dtype = next(iter(data.values())).dtype
             if extra and number == len(shards):
                 data |= extra(written_dtype)
-            save_file(data, folder / name, metadata={"format": "pt"})
-            (folder / name).chmod(0o644)  # the library makes it 0600, which a container's other user cannot read
+            native.save_tensors(data, folder / name)
             weight_map |= dict.fromkeys(data, name)
             size = sum(tensor.nbytes for tensor in data.values())
             total += size

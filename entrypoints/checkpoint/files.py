@@ -75,8 +75,8 @@ def written_beside(target: Path, overwrite: bool = False) -> Iterator[Path]:
             raise UserError(f"{target} exists", "choose another folder, or add --overwrite")
         partial = target.parent / f".{target.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
         try:
+            partial.mkdir()
             yield partial
             _replace(target, partial)
         except OSError as error:

@@ -50,10 +50,6 @@ class GgufCheckpoint:
         """Tokens of prompt and answer together."""
         return self.shape.window
 
-    def cache_bytes(self, tokens: int) -> int:
-        """Memory that keys and values of so many tokens take, in half precision."""
-        return tokens * self.shape.layers * sum(self.shape.qkv_rows[1:]) * 2
-
 
 def open_gguf(file: Path) -> GgufCheckpoint:
     """Check a file made by `glm quantize` and read all of it but the weights.

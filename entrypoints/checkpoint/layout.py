@@ -174,6 +174,10 @@ class Shape:
         """Rows of query, key and value inside the fused projection."""
         return self.heads * self.head_dim, self.groups * self.head_dim, self.groups * self.head_dim
 
+    def cache_bytes(self, tokens: int) -> int:
+        """Memory that keys and values of so many tokens take, in half precision."""
+        return tokens * self.layers * sum(self.qkv_rows[1:]) * 2
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -1,9 +1,15 @@
 """The native folder: what plain transformers loads, and how it is opened with every check that costs no reading."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from entrypoints.checkpoint.layout import Shape, stored_in, stored_shapes
 from entrypoints.checkpoint.manifest import MANIFEST_FILE, check_manifest
@@ -65,6 +71,22 @@ def open_native(folder: Path, verify: bool = False, quantised: bool = False) -> 
     return NativeCheckpoint(folder, shape, tokenizer, read_prompt_format(folder), files, load_in)
 
 
+def save_tensors(weights: dict[str, torch.Tensor], file: Path) -> None:
+    """Write one safetensors file; raises OSError when the disk does not take it."""
+    with disk_errors():
+        save_file(weights, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # the library makes it 0600, which a container's other user cannot read
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Make the error by which safetensors passes on what the disk said an OSError, as all other writing raises."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def write_settings(folder: Path, shape: Shape, dtype: str, tokenizer: Tokenizer, prompt_format: PromptFormat) -> None:
     """Write all small files but the vocabulary: configs of model, generation and tokenizer, and the prompt format."""
     write_json(folder / "config.json", shape.native_config(dtype, tokenizer.stop_ids, tokenizer.pad_id))
@@ -113,7 +135,8 @@ def read_prompt_format(folder: Path) -> PromptFormat:
 
 def save_tokenizer(folder: Path, tokenizer: object) -> None:
     """Write a `tokenizers.Tokenizer` as tokenizer.json."""
-    tokenizer.save(str(folder / TOKENIZER_FILE))
+    # not by its own save, which raises a plain Exception when the disk is full
+    (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def copy_vocabulary(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from entrypoints.checkpoint.gguf_plan import plans
 from entrypoints.checkpoint.layout import Shape
+from entrypoints.engines.llamacpp_engine import kept_bytes
 from entrypoints.engines.placement import HEADROOM, loaded_bytes, weight_bytes
 from entrypoints.settings import LOADS
 
@@ -29,9 +30,8 @@ class Choice:
 
 
 def file_memory(shape: Shape, type_: str) -> int:
-    """Bytes that llama.cpp takes for a file of this type and one answer of the whole window."""
-    cache = shape.window * shape.layers * sum(shape.qkv_rows[1:]) * 2
-    return sum(plan.size for plan in plans(shape, type_)) + cache + WORK
+    """Bytes that llama.cpp takes for a file of this type and one answer of the whole window, its shelf included."""
+    return sum(plan.size for plan in plans(shape, type_)) + kept_bytes(shape, 1, shape.window) + WORK
 
 
 def host_choices(shape: Shape) -> list[Choice]:
@@ -46,7 +46,7 @@ def here(shape: Shape, free: int) -> tuple[str, ...]:
 
 def gpu_choices(shape: Shape) -> list[Choice]:
     """For one GPU, by its memory: in how many bits the folder fits, and beside it how many answers of a full window."""
-    cache = shape.window * shape.layers * sum(shape.qkv_rows[1:]) * 2
+    cache = shape.cache_bytes(shape.window)
     ways = {"16 bits": weight_bytes(shape, 2)}
     ways |= {f"--load-in {load_in}": loaded_bytes(shape, load_in, 2) for load_in in LOADS}
     found = []

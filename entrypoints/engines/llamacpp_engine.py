@@ -16,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from entrypoints.checkpoint.gguf import GgufCheckpoint, open_gguf
+from entrypoints.checkpoint.layout import Shape
 from entrypoints.engines.base import Token
 from entrypoints.engines.json_grammar import json_grammar
+from entrypoints.engines.llamacpp_build import require_processor
 from entrypoints.engines.llamacpp_calls import Calls
-from entrypoints.engines.machine import available_cpus, available_memory, require_processor
+from entrypoints.engines.machine import available_cpus, available_memory
 from entrypoints.errors import UserError
 from entrypoints.prompt import PromptFormat
 from entrypoints.sampling import Sampling
@@ -76,9 +78,8 @@ class LlamaCppEngine:
                 f"window {window} with {slots} slots cannot be had of {file}",
                 f"the window is at most {checkpoint.window}, slots at least 1",
             )
-        tokens = slots * -(-window // PAGE) * PAGE
-        with_shelf = tokens + tokens // slots  # see _start
-        needed = checkpoint.cache_bytes(with_shelf) + (0 if in_place else file.stat().st_size)
+        tokens = slots * _whole_pages(window)
+        needed = kept_bytes(checkpoint.shape, slots, window) + (0 if in_place else file.stat().st_size)
         if (available := available_memory()) < needed:
             raise UserError(
                 f"{file} with {slots} slots of {window} tokens needs {needed / 1e9:.1f} GB of memory, "
@@ -143,6 +144,15 @@ class LlamaCppEngine:
         self._close()
 
 
+def kept_bytes(shape: Shape, slots: int, window: int) -> int:
+    """Memory of all keys and values that the engine keeps: a window for each slot and one on the shelf (`_start`)."""
+    return (slots + 1) * shape.cache_bytes(_whole_pages(window))
+
+
+def _whole_pages(window: int) -> int:
+    return -(-window // PAGE) * PAGE
+
+
 def _as_asked(token: Token, most: int | None) -> Token:
     return Token(token) if most is None else Token(token, token.logprob, token.top[:most])
 
@@ -204,7 +214,7 @@ def _start(checkpoint: GgufCheckpoint, tokens: int, slots: int, threads: int, in
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     # a slot that goes to another conversation puts what it has read on a shelf of one slot's size, from where any slot
     # takes what its prompt begins with; llama.cpp's own shelf of 8 GiB would not be seen coming
-    params.cache_ram_mib = max(1, checkpoint.cache_bytes(tokens // slots) >> 20)
+    params.cache_ram_mib = max(1, checkpoint.shape.cache_bytes(tokens // slots) >> 20)
     params.fit_params = False  # what was asked for, or an error
     params.offline = True
     params.warmup = False

@@ -1,13 +1,10 @@
 """What this process may use of its machine: memory and processors, inside a container that container's share."""
 
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-
-from entrypoints.errors import UserError
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -17,7 +14,6 @@ MEMORY_FILES = (
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
 PROCESSOR = Path("/proc/cpuinfo")
-LLAMA_CPP_FLAGS = ("avx2", "bmi2", "f16c", "fma")  # what xllamacpp's x86 build is compiled for
 
 
 def available_memory() -> int:
@@ -64,17 +60,6 @@ def processor_flags() -> set[str]:
         return set()
     lines = PROCESSOR.read_text().splitlines()
     return set(next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split())
-
-
-def require_processor() -> None:
-    """Raise UserError where llama.cpp would end with SIGILL; call it before its library is loaded."""
-    flags = processor_flags()
-    missing = [flag for flag in LLAMA_CPP_FLAGS if flag not in flags]
-    if flags and missing and platform.machine() in ("x86_64", "AMD64"):
-        raise UserError(
-            f"this processor has no {', '.join(missing)}, which llama.cpp's build needs",
-            "use another machine or a converted folder with transformers; a virtual machine may hide them",
-        )
 
 
 def _levels(controller: str) -> Iterator[Path]:

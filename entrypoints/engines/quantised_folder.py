@@ -7,12 +7,18 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from entrypoints.checkpoint.files import require_space, written_beside
 from entrypoints.checkpoint.layout import FOLDER_TYPES
 from entrypoints.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
-from entrypoints.checkpoint.native import NativeCheckpoint, copy_vocabulary, open_native, write_json, write_settings
+from entrypoints.checkpoint.native import (
+    NativeCheckpoint,
+    copy_vocabulary,
+    disk_errors,
+    open_native,
+    write_json,
+    write_settings,
+)
 from entrypoints.checkpoint.original import read_json
 from entrypoints.engines.gguf_check import Comparison, compare_folder, require_near
 from entrypoints.engines.machine import available_memory
@@ -54,10 +60,8 @@ def _write(checkpoint: NativeCheckpoint, partial: Path, type_: str, dtype: torch
     logger.info("quantising %s to %s", checkpoint.folder, type_)
     # saved before it computes anything: on processors 4 bits are then laid out anew, in an order that is never stored
     model = load_model(checkpoint.folder, Placement({"": "cpu"}, dtype), load_in)
-    try:
+    with disk_errors():
         model.save_pretrained(partial, max_shard_size=SHARD)
-    except SafetensorError as error:  # what the disk said, in the library's words
-        raise OSError(str(error)) from error
     for file in partial.iterdir():
         file.chmod(0o644)  # the library makes weights 0600, which a container's other user cannot read
     copy_vocabulary(checkpoint.folder, partial)

@@ -18,7 +18,8 @@ from entrypoints.checkpoint.native import NativeCheckpoint, open_native
 from entrypoints.dataset.reading import Example
 from entrypoints.engines.gguf_check import Comparison, compare, require_merged, require_near
 from entrypoints.engines.importance import importance
-from entrypoints.engines.machine import available_cpus, available_memory, require_processor
+from entrypoints.engines.llamacpp_build import require_processor
+from entrypoints.engines.machine import available_cpus, available_memory
 from entrypoints.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     _line("/dev/shm", diagnosis.shared_memory())
     _line("driver", diagnosis.driver())
     _line("toolkit", diagnosis.container_toolkit())
-    _line("llama.cpp", _quantiser())
+    _line("llama.cpp", _llama_cpp())
     if importlib.util.find_spec("torch"):
         from entrypoints.engines.placement import devices
 
@@ -94,13 +94,18 @@ def _print_choices(shape: object) -> None:
         _line(f"  {choice.gigabytes} GB GPU", str(choice))
 
 
-def _quantiser() -> str:
+def _llama_cpp() -> str:
     if importlib.util.find_spec("gguf") is None:
         return "missing: glm quantize needs the packages gguf and xllamacpp"
     from entrypoints.checkpoint.ggml import quantiser_missing
 
     missing = quantiser_missing()
-    return f"{missing}: only q4_0, q8_0 and f16 can be made" if missing else "all types of glm quantize"
+    if missing:
+        return f"{missing}: only q4_0, q8_0 and f16 can be made"
+    from entrypoints.engines.llamacpp_build import unused
+
+    faster = f"; faster with {', '.join(unused())}: make llamacpp" if unused() else ""
+    return f"all types of glm quantize{faster}"
 
 
 def _line(name: str, value: str) -> None:

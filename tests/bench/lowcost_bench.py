@@ -8,11 +8,13 @@ quantised with `glm quantize` in a process of its own, and served. Everything is
     start        seconds from process start to ready, the file in the page cache and not, beside a plain read of it
     decode       tokens per second of llama.cpp called directly and of `glm serve` over HTTP, in turn; the bytes of
                  weights that these read, as a share of this machine's measured read bandwidth
-    transformers 8 and 4 layers of the same shape in float32 and bfloat16, from which 28 are extrapolated
+    transformers 8 and 4 layers of the same shape in float32 and bfloat16, from which 28 are extrapolated; each also
+                 with a cache of fixed size, and with that and torch.compile (which needs g++)
 
-llama.cpp runs with the huge pages that the image `infer-quantized` gives it.
+llama.cpp runs with the huge pages that the image `infer-quantized` gives it. Its published build uses AVX2 and nothing
+newer; `make llamacpp` compiles it for this processor.
 
-    python tests/bench/lowcost_bench.py                 needs 17 GB of disk, 12 GB of memory, 10 minutes
+    python tests/bench/lowcost_bench.py                 needs 17 GB of disk, 12 GB of memory, 20 minutes
     python tests/bench/lowcost_bench.py --layers 4 --type q4_k_m
 """
 
@@ -33,6 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import serve_bench
 from serving_process import GLM, serving
 
+from entrypoints.engines.llamacpp_build import unused
+
 SHARD_LAYERS = 4
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).resolve().parents[3] / "shared" / "golden"))
 POLL_SECONDS = 0.05
@@ -48,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--skip-transformers", action="store_true", help="measure llama.cpp alone")
     parser.add_argument("--work-dir", type=Path, help="folder on a disk with room (default: the temporary one)")
     args = parser.parse_args(argv)
+    print(f"llama.cpp: leaves unused of this processor: {', '.join(unused()) or 'nothing'}")
     with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="lowcost-bench-") as name:
         folder = Path(name)
         start = time.monotonic()
@@ -60,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         _cold_start(file, folder)
         _decode(file, folder, args)
     for dtype in () if args.skip_transformers else ("float32", "bfloat16"):
-        _transformers(dtype, args.layers)
+        for way in ("as it is", "static cache", "torch.compile"):
+            _transformers(dtype, way, args.layers)
     return 0
 
 
@@ -198,40 +204,42 @@ def _decode(file: Path, folder: Path, args: argparse.Namespace) -> None:
     print(f"the bandwidth allows one stream {bandwidth / read:.2f} tokens/s", flush=True)
 
 
-def _transformers(dtype: str, layers: int) -> None:
+def _transformers(dtype: str, way: str, layers: int) -> None:
     """Seconds of a token at 4 and at 8 layers give those of a layer, and so those of all."""
-    import torch
-    from transformers import DynamicCache, GlmConfig, GlmForCausalLM
-
-    from entrypoints.checkpoint.layout import Shape
-
-    seconds = {}
+    seconds, gigabytes = {}, 0.0
     for count in (4, 8):
-        shape = Shape(count, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
-        config = GlmConfig(**shape.native_config(dtype, (2,), 0))
-        with torch.device("meta"):
-            model = GlmForCausalLM(config).to(getattr(torch, dtype))
-        model = model.to_empty(device="cpu").eval()
-        for parameter in model.parameters():
-            parameter.data.fill_(0.01)
-        rotary = type(model.model.rotary_emb)(config)
-        model.model.rotary_emb = rotary
-        ids, times = torch.arange(100, 116)[None], []
-        with torch.inference_mode():
-            cache = DynamicCache(config=config)
-            model(ids, cache=cache, use_cache=True)
-            for _ in range(8):
-                start = time.monotonic()
-                model(ids[:, -1:], cache=cache, use_cache=True)
-                times.append(time.monotonic() - start)
-        seconds[count] = statistics.median(times[1:])
-        if count == 8:
-            gigabytes = sum(p.nbytes for p in model.parameters()) / 1e9
-        del model, cache
+        seconds[count], gigabytes = _token_of_transformers(dtype, way, count)
     layer = (seconds[8] - seconds[4]) / 4
     rate = 1 / (seconds[8] + (layers - 8) * layer)
     told = f"8 layers {1 / seconds[8]:.2f} tokens/s in {gigabytes:.1f} GB"
-    print(f"transformers {dtype}: {told}; {layers} layers {rate:.2f} tokens/s", flush=True)
+    print(f"transformers {dtype}, {way}: {told}; {layers} layers {rate:.2f} tokens/s", flush=True)
+
+
+def _token_of_transformers(dtype: str, way: str, layers: int) -> tuple[float, float]:
+    """Seconds of a token after 16 others, and the gigabytes of the weights."""
+    import torch
+    from transformers import DynamicCache, GlmConfig, GlmForCausalLM, StaticCache
+
+    from entrypoints.checkpoint.layout import Shape
+
+    shape = Shape(layers, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
+    config = GlmConfig(**shape.native_config(dtype, (2,), 0))
+    with torch.device("meta"):
+        model = GlmForCausalLM(config).to(getattr(torch, dtype))
+    model = model.to_empty(device="cpu").eval()
+    for parameter in model.parameters():
+        parameter.data.fill_(0.01)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    ids, times = torch.arange(100, 116)[None], []
+    step = torch.compile(model) if way == "torch.compile" else model
+    with torch.inference_mode():
+        cache = DynamicCache(config=config) if way == "as it is" else StaticCache(config, max_cache_len=64)
+        model(ids, cache=cache, use_cache=True)
+        for _ in range(12):
+            start = time.monotonic()
+            step(ids[:, -1:], cache=cache, use_cache=True)
+            times.append(time.monotonic() - start)
+    return statistics.median(times[4:]), sum(p.nbytes for p in model.parameters()) / 1e9
 
 
 if __name__ == "__main__":

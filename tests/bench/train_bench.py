@@ -9,6 +9,8 @@ packing    glm train --packing: whole rows behind each other in 1025 ids; a step
 Each round of each way is a process of its own: random weights of one seed, one step to warm up, then its rows through
 forward, backward and AdamW in float32. One thread, and seconds of the processor: what else a machine does changes them
 little. Told are medians, and the largest difference of any two ways' mean loss of a label before the first step.
+"batches" are the same medians of forward and backward alone: AdamW takes as long for a short batch as for a long one,
+and where gradients are accumulated it runs once for many batches.
 
     python tests/bench/train_bench.py                                 a small model with ChatGLM3's vocabulary
     python tests/bench/train_bench.py --vocabulary 2560 --hidden 512  with nearly the share of it that the 6B has
@@ -111,9 +113,10 @@ def _round(task: Task) -> dict:
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)  # the default of the Trainer
     _steps(model, optimizer, batches[:1])
     begin = time.process_time()
-    _steps(model, optimizer, batches)
+    of_batches = _steps(model, optimizer, batches)
     return {
         "seconds": time.process_time() - begin,
+        "seconds_of_batches": of_batches,
         "rows": len(task.rows),
         "ids": sum(batch["input_ids"].numel() for batch in batches),
         "labels": sum((batch["labels"] != IGNORED).sum().item() for batch in batches),
@@ -122,11 +125,16 @@ def _round(task: Task) -> dict:
     }
 
 
-def _steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[dict]) -> None:
+def _steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[dict]) -> float:
+    """Train, and return the seconds of forward and backward alone."""
+    seconds = 0.0
     for batch in batches:
+        begin = time.process_time()
         model(**batch, use_cache=False).loss.backward()
+        seconds += time.process_time() - begin
         optimizer.step()
         optimizer.zero_grad()
+    return seconds
 
 
 @torch.inference_mode()
@@ -162,16 +170,20 @@ def _padded(batch: list[dict]) -> dict:
 
 
 def _report(found: dict[str, list[dict]]) -> None:
-    print(f"{'':10} {'ids a row':>10} {'rows/s':>8} {'labels/s':>9} {'peak GB':>8} {'times':>6}  rows/s of the rounds")
+    print(
+        f"{'':10} {'ids a row':>10} {'rows/s':>8} {'labels/s':>9} {'peak GB':>8} {'times':>6} {'batches':>8}"
+        "  rows/s of the rounds"
+    )
     speeds = {way: [one["rows"] / one["seconds"] for one in rounds] for way, rounds in found.items()}
-    slowest = statistics.median(speeds["tutorial"])
+    alone = {way: [one["rows"] / one["seconds_of_batches"] for one in rounds] for way, rounds in found.items()}
+    slowest, slowest_alone = (statistics.median(ways["tutorial"]) for ways in (speeds, alone))
     for way, rounds in found.items():
         one, speed = rounds[0], statistics.median(speeds[way])
         memory = max(each["memory"] for each in rounds) / 1e9
         each = ", ".join(f"{value:.2f}" for value in speeds[way])
         print(
             f"{way:10} {one['ids'] / one['rows']:10.1f} {speed:8.2f} {speed * one['labels'] / one['rows']:9.0f} "
-            f"{memory:8.2f} {speed / slowest:6.1f}  {each}"
+            f"{memory:8.2f} {speed / slowest:6.1f} {statistics.median(alone[way]) / slowest_alone:8.1f}  {each}"
         )
     losses = [rounds[0]["loss"] for rounds in found.values()]
     print(f"mean loss of a label: {losses[0]:.4f}, at most {max(losses) - min(losses):.1e} apart between the ways")

@@ -1,6 +1,7 @@
 """Trap names are those of the list of reported pains."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -117,6 +118,19 @@ def test_after_an_error_the_target_is_as_it_was(error, overwrite, tmp_path):
 def test_a_disk_that_fills_up_is_a_mistake_the_user_can_mend(tmp_path):
     with pytest.raises(UserError, match="No space left on device"), written_beside(tmp_path / "out"):
         raise OSError(28, "No space left on device")
+    assert names(tmp_path) == []
+
+
+def test_a_disk_without_room_for_a_folder_is_told_as_well(tmp_path, monkeypatch):
+    """One of ext4 takes a block for each; a tmpfs none."""
+
+    def full(folder, *_):
+        raise FileExistsError if folder.exists() else OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "mkdir", full)
+    told = r"writing .*out failed: No space left on device; free space"
+    with pytest.raises(UserError, match=told), written_beside(tmp_path / "out"):
+        pytest.fail("the block must not run")
     assert names(tmp_path) == []
 
 

@@ -63,7 +63,7 @@ def test_the_file_alone_gives_shape_window_and_type_back(toy_gguf, toy_native):
     assert replace(checkpoint.shape, norm_eps=shape.norm_eps) == shape
     assert checkpoint.shape.norm_eps == pytest.approx(shape.norm_eps)
     assert (checkpoint.window, checkpoint.type) == (1024, "f16")
-    assert checkpoint.cache_bytes(1) == 4 * 2 * 2 * 32 * 2  # layers, keys and values, groups, head_dim, bytes
+    assert checkpoint.shape.cache_bytes(1) == 4 * 2 * 2 * 32 * 2  # layers, keys and values, groups, head_dim, bytes
 
 
 def test_the_file_alone_gives_the_tokenizer_back(toy_gguf, toy_tokenizer, sample_rows):

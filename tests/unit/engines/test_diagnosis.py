@@ -122,8 +122,8 @@ def test_it_says_the_same_of_the_toolkit_as_the_check_for_compose(on_path):
     [
         (20 * GB, None, "20.0 GB available"),
         (20 * GB, 32 * GB, "20.0 GB available, 32.0 GB are the control group's limit"),
-        (3 * GB, None, "3.0 GB available; the 6B as q4_0 needs 4.9: free some"),
-        (3 * GB, 4 * GB, "3.0 GB available, 4.0 GB are the control group's limit; the 6B as q4_0 needs 4.9: raise the"),
+        (3 * GB, None, "3.0 GB available; the 6B as q4_0 needs 5.1: free some"),
+        (3 * GB, 4 * GB, "3.0 GB available, 4.0 GB are the control group's limit; the 6B as q4_0 needs 5.1: raise the"),
     ],
 )
 def test_little_memory_is_told_with_who_can_give_more(free, limit, words, monkeypatch):

@@ -158,6 +158,17 @@ def test_too_little_memory_is_found_before_loading(toy_gguf, monkeypatch):
         LlamaCppEngine.load(toy_gguf)
 
 
+@pytest.mark.parametrize(("window", "pages"), [(1024, 4), (300, 2)])
+def test_the_window_of_each_slot_and_one_on_the_shelf_are_counted_before_loading(window, pages, toy_gguf, monkeypatch):
+    kept = (3 + 1) * pages * 256 * 4 * 2 * 2 * 32 * 2  # windows of whole pages; layers, keys and values, groups, ...
+    needed = toy_gguf.stat().st_size + kept
+    monkeypatch.setattr(llamacpp_engine, "available_memory", lambda: needed - 1)
+    with pytest.raises(UserError, match=f"3 slots of {window} tokens needs"):
+        LlamaCppEngine.load(toy_gguf, slots=3, window=window)
+    monkeypatch.setattr(llamacpp_engine, "available_memory", lambda: needed)
+    LlamaCppEngine.load(toy_gguf, slots=3, window=window, threads=1).close()
+
+
 def test_the_same_seed_gives_the_same_answer(llama, prompts):
     def answer(seed):
         return ids(llama, prompts[0], Sampling(**{**vars(WILD), "seed": seed}))

@@ -7,7 +7,6 @@ import psutil
 import pytest
 
 from entrypoints.engines import machine
-from entrypoints.errors import UserError
 
 
 @pytest.fixture
@@ -98,23 +97,3 @@ def test_the_older_kind_of_limit_counts_too(group):
     group("memory/memory.usage_in_bytes", "60")
     group("memory/memory.stat", "total_inactive_file 20\ninactive_file 7")
     assert machine.available_memory() == 50
-
-
-@pytest.mark.parametrize(
-    ("flags", "kind", "missing"),
-    [
-        ("flags\t: sse2 avx avx2 bmi2 f16c fma", "x86_64", None),
-        ("flags\t: sse2 avx f16c", "x86_64", "no avx2, bmi2, fma"),
-        ("Features\t: asimd fphp bf16", "aarch64", None),
-        ("model name\t: says nothing", "x86_64", None),
-    ],
-)
-def test_what_llama_cpps_build_needs_of_the_processor_is_looked_for_first(flags, kind, missing, tmp_path, monkeypatch):
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
-    monkeypatch.setattr(machine, "PROCESSOR", tmp_path / "cpuinfo")
-    monkeypatch.setattr(machine.platform, "machine", lambda: kind)
-    if missing is None:
-        machine.require_processor()
-    else:
-        with pytest.raises(UserError, match=missing):
-            machine.require_processor()

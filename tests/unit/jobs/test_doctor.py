@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from entrypoints.checkpoint import ggml
+from entrypoints.engines import llamacpp_build
 from entrypoints.jobs import doctor
 
 
@@ -73,15 +74,22 @@ def test_what_would_fit_which_machine_is_told(toy_native, glm):
 
 
 @pytest.mark.parametrize(
-    ("find", "words"),
+    ("find", "unused", "words"),
     [
         (
             lambda: None,
+            ["AVX512"],
             "this build of xllamacpp does not show ggml_quantize_chunk: only q4_0, q8_0 and f16 can be made",
         ),
-        (ggml._function, "all types of glm quantize"),
+        (ggml._function, [], "all types of glm quantize"),
+        (
+            ggml._function,
+            ["AVX512", "AMX_INT8"],
+            "all types of glm quantize; faster with AVX512, AMX_INT8: make llamacpp",
+        ),
     ],
 )
-def test_it_tells_which_types_can_be_made(find, words, monkeypatch, glm):
+def test_it_tells_which_types_can_be_made_and_what_would_be_faster(find, unused, words, monkeypatch, glm):
     monkeypatch.setattr(ggml, "_function", find)
+    monkeypatch.setattr(llamacpp_build, "unused", lambda: unused)
     assert lines_of(glm("doctor").out)["llama.cpp"] == words
