@@ -109,7 +109,7 @@ else
 endif
 
 llamacpp: $(READY) ## Compile llama.cpp for this machine's processor into .venv (needs g++, 6 minutes)
-	images/scripts/llamacpp $(VENV)/bin/python $(LOCKS)/dev.lock native
+	images/scripts/llamacpp install $(LOCKS)/dev.lock $(VENV)/bin/python native
 
 doctor: ## Show what this machine offers, and what containers lack to use its GPUs
 	compose/gpu-ready || true

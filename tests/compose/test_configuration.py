@@ -31,7 +31,7 @@ SERVICES = {
 CHOICES = [*(choice for n in range(3) for choice in itertools.combinations(PROFILES, n)), PROFILES]
 ALL = set().union(*SERVICES.values())
 OURS = ALL - {"prometheus", "grafana", "proxy"}
-BUILD_ARGUMENTS = ("BASE_IMAGE", "PIP_INDEX_URL", "TORCH_INDEX", "TORCH_FLAVOUR", "DEBIAN_MIRROR")
+BUILD_ARGUMENTS = ("BASE_IMAGE", "PIP_INDEX_URL", "TORCH_INDEX", "TORCH_FLAVOUR", "LLAMACPP_CPU", "DEBIAN_MIRROR")
 LIBRARIES = {"HF_HUB_OFFLINE", "HTTPS_PROXY", "NO_PROXY", "NNODES", "NODE_RANK", "MASTER_ADDR"}  # not settings of ours
 
 

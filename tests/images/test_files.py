@@ -100,3 +100,12 @@ def test_a_gigabyte_of_weights_stays_out_of_the_build_context(engine, tmp_path):
     assert sum(file.stat().st_size for file in files) < 20e6
     tops = {file.relative_to(tmp_path / "context").parts[0] for file in files}
     assert tops == {"README.md", "entrypoints", "images", "pyproject.toml"}
+
+
+@pytest.mark.parametrize("cpu", ["native AVX512", "-march=native", "AVX512;rm"])
+def test_a_processor_to_compile_for_that_cannot_be_is_refused_before_anything_is_fetched(cpu, tmp_path):
+    words = [FOLDER / "scripts/llamacpp", "install", FOLDER / "requirements/dev.lock", sys.executable, cpu]
+    done = subprocess.run(words, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"LLAMACPP_CPU={cpu}: expected native, or switches such as AVX512 AVX512_VNNI\n"
+    assert list(tmp_path.iterdir()) == []

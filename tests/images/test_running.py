@@ -6,7 +6,10 @@ import subprocess
 import time
 
 import pytest
-from containers import CONFINED, IMAGES, wait_until
+from containers import CONFINED, IMAGES, image_of, wait_until
+
+from entrypoints.engines.llamacpp_build import NEWER
+from entrypoints.engines.machine import processor_flags
 
 SERVERS = [
     ("infer-quantized", "toy-q4_0.gguf", ()),
@@ -76,6 +79,16 @@ def test_the_doctor_runs_inside(name, finish):
     assert code == 0, said
     assert re.search(r"^python +3\.11\.", said, re.MULTILINE)
     assert ("torch            missing" in said) == (name == "infer-quantized")
+
+
+@pytest.mark.parametrize("name", ["infer-cpu", "infer-quantized"])
+def test_the_label_tells_which_build_of_llama_cpp_is_inside(name, engine, finish):
+    """Compiled for this machine it leaves nothing of its processor unused."""
+    build = image_of(engine, name).labels["glm.llamacpp-cpu"]
+    _, said = finish(name, "doctor", **CONFINED)
+    faster = re.search(r"^llama.cpp +all types of glm quantize(; faster with .+)?$", said, re.MULTILINE)[1]
+    assert bool(faster) == bool(build == "published" and processor_flags() & set(NEWER.values()))
+    assert build in ("published", "native"), "built for another processor than this one's"
 
 
 @pytest.mark.parametrize("name", IMAGES)

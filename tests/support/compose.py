@@ -20,7 +20,7 @@ def variables() -> set[str]:
     """All that the Compose files take from .env, named or handed to a build."""
     texts = [file.read_text(encoding="utf-8") for file in FILES]
     named = {name for text in texts for name in VARIABLE.findall(text)}
-    handed = re.compile(r"\b(BASE_IMAGE|PIP_INDEX_URL|TORCH_INDEX|TORCH_FLAVOUR|DEBIAN_MIRROR)\b")
+    handed = re.compile(r"\b(BASE_IMAGE|PIP_INDEX_URL|TORCH_INDEX|TORCH_FLAVOUR|LLAMACPP_CPU|DEBIAN_MIRROR)\b")
     built = {name for text in texts for name in handed.findall(text)}
     return named | built
 

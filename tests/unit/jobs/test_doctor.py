@@ -85,7 +85,7 @@ def test_what_would_fit_which_machine_is_told(toy_native, glm):
         (
             ggml._function,
             ["AVX512", "AMX_INT8"],
-            "all types of glm quantize; faster with AVX512, AMX_INT8: make llamacpp",
+            "all types of glm quantize; faster with AVX512, AMX_INT8: make llamacpp, or LLAMACPP_CPU for an image",
         ),
     ],
 )
