@@ -3,7 +3,7 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 from entrypoints.checkpoint.tokenizer import Tokenizer
 from entrypoints.engines.base import Token
@@ -65,24 +65,27 @@ class Calls:
 
         llama.cpp holds a token back while its bytes are no whole character, and then tells only the id that completes
         it, with the bytes of all: those before it are byte pieces. What it held back at the end it does not tell at
-        all; the count is known, and padding stands for them.
+        all; the count is known, and padding stands for them. Drafted tokens come without odds.
         """
         if "error" in chunk:
             raise _error(chunk["error"])
         choice = chunk["choices"][0]
         if choice["logprobs"]:
             entry = choice["logprobs"]["content"][0]
-            held = entry["bytes"][: len(entry["bytes"]) - len(self._tokenizer.piece(entry["id"]))]
             top = [(one["id"], one["logprob"]) for one in entry["top_logprobs"]]
-            return [
-                *(Token(self._tokenizer.byte(byte)) for byte in held),
-                Token(entry["id"], entry["logprob"], top),
-            ]
+            return [*self._held(entry["bytes"], entry["id"]), Token(entry["id"], entry["logprob"], top)]
         if choice["finish_reason"]:
             unseen_stop = choice["finish_reason"] == "stop"
             untold = chunk["usage"]["completion_tokens"] - told - unseen_stop
             return [Token(self._tokenizer.pad_id)] * untold
-        return []
+        if "__verbose" not in chunk or "prompt_progress" in chunk:
+            return []
+        drafted = chunk["__verbose"]["tokens"][0]
+        return [*self._held(choice["text"].encode(), drafted), Token(drafted)]
+
+    def _held(self, told: Sequence[int], token: int) -> list[Token]:
+        """Tokens of the bytes that were told in front of this token's own."""
+        return [Token(self._tokenizer.byte(byte)) for byte in told[: len(told) - len(self._tokenizer.piece(token))]]
 
 
 class _Call:

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 PAGE = 256  # llama.cpp rounds a slot's window up to this
 READ_BYTES = 16 << 20
 LOOK_BYTES = 1 << 20
+LOOKED_UP, DRAFTED = 4, 8  # tokens that must stand somewhere before, and how many are taken from behind them
 BATCH = 128  # prompt tokens read in one step; between two steps the other answers go on, and a call can be cancelled
 RANDOM_SEED = (1 << 32) - 1  # what llama.cpp takes for "another one each time"
 ERRORS_ONLY, INFORMATION = 1, 3  # its log levels; at neither does it print what is asked
@@ -44,13 +45,18 @@ class LlamaCppEngine:
         {"seed", "top_logprobs", "repetition_penalty", "frequency_penalty", "presence_penalty", "json_schema"}
     )
 
-    def __init__(self, checkpoint: GgufCheckpoint, server: object, slots: int, window: int) -> None:
+    def __init__(
+        self, checkpoint: GgufCheckpoint, server: object, slots: int, window: int, speculative: bool = False
+    ) -> None:
         self.tokenizer = checkpoint.tokenizer
         self.prompt_format = checkpoint.prompt_format
         self.adapters: dict[str, PromptFormat] = {}
         self.slots = slots
         self.window = window
         self._rows = checkpoint.shape.vocabulary
+        self._speculative = speculative
+        if speculative:  # llama.cpp computes no odds for what it drafted
+            self.features -= {"top_logprobs"}
         self._calls = Calls(server, checkpoint.tokenizer)
         # also at the interpreter's exit: a thread that is still inside llama.cpp then would crash it
         self._close = weakref.finalize(self, self._calls.close)
@@ -63,11 +69,14 @@ class LlamaCppEngine:
         window: int | None = None,
         threads: int | None = None,
         in_place: bool = False,
+        speculative: bool = False,
     ) -> "LlamaCppEngine":
         """Check and load a file made by `glm quantize`.
 
         window: tokens of each slot, the file's own if not given. threads: as many as this process may use if not given.
         in_place: use the weights as they lie in the file, in pages that the system may take back: little memory, slow.
+        speculative: where the last tokens stand in the conversation already, draft those behind them and verify all in
+        one step (prompt lookup). No answer changes but by rounding; logprobs cannot be had.
         Raises UserError when the file is not usable, the window is larger than the model's, or memory is short.
         """
         require_processor()
@@ -90,7 +99,8 @@ class LlamaCppEngine:
         logger.info("loading %s (%s), %d slots of %d tokens, %d threads", file, checkpoint.type, slots, window, threads)
         if not in_place:
             _read_ahead(file)
-        engine = cls(checkpoint, _start(checkpoint, tokens, slots, threads, in_place), slots, window)
+        server = _start(checkpoint, tokens, slots, threads, in_place, speculative)
+        engine = cls(checkpoint, server, slots, window, speculative)
         # the first token warms the model up; and a server that is closed before its loop has begun would never end
         list(engine.generate([checkpoint.tokenizer.pad_id], Sampling(max_new_tokens=1)))
         return engine
@@ -110,7 +120,10 @@ class LlamaCppEngine:
                 f"the prompt has {len(prompt)} tokens, the window {self.window}", "shorten the conversation"
             )
         most = min(sampling.max_new_tokens, self.window - len(prompt))
-        tokens = self._calls.stream(_request(prompt, sampling, most), cancelled)
+        request = _request(prompt, sampling, most)
+        if self._speculative:
+            request["verbose"] = True  # tells the ids of drafted tokens too
+        tokens = self._calls.stream(request, cancelled)
         try:
             for count, token in enumerate(tokens, start=1):
                 if token in self.tokenizer.stop_ids:
@@ -200,7 +213,14 @@ def _in_memory(descriptor: int, size: int) -> bool:
         return False
 
 
-def _start(checkpoint: GgufCheckpoint, tokens: int, slots: int, threads: int, in_place: bool = False) -> object:
+def _start(
+    checkpoint: GgufCheckpoint,
+    tokens: int,
+    slots: int,
+    threads: int,
+    in_place: bool = False,
+    speculative: bool = False,
+) -> object:
     try:
         import xllamacpp
     except ImportError as error:
@@ -209,12 +229,15 @@ def _start(checkpoint: GgufCheckpoint, tokens: int, slots: int, threads: int, in
     params.model.path = str(checkpoint.file)
     params.n_ctx = tokens
     params.n_parallel = slots
-    params.n_batch = params.n_ubatch = max(BATCH, slots)
+    params.n_batch = params.n_ubatch = max(BATCH, slots * (1 + speculative * DRAFTED))
     params.ctx_shift = False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     # a slot that goes to another conversation puts what it has read on a shelf of one slot's size, from where any slot
     # takes what its prompt begins with; llama.cpp's own shelf of 8 GiB would not be seen coming
     params.cache_ram_mib = max(1, checkpoint.shape.cache_bytes(tokens // slots) >> 20)
+    if speculative:
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+        params.speculative.ngram_simple.size_n, params.speculative.ngram_simple.size_m = LOOKED_UP, DRAFTED
     params.fit_params = False  # what was asked for, or an error
     params.offline = True
     params.warmup = False

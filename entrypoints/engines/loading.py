@@ -21,7 +21,12 @@ def engine_for(model: Path) -> str:
 
 
 def check(
-    engine: str, model: Path, adapters: Mapping[str, Path], load_in: str | None = None, device: str = "auto"
+    engine: str,
+    model: Path,
+    adapters: Mapping[str, Path],
+    load_in: str | None = None,
+    device: str = "auto",
+    speculative: bool = False,
 ) -> None:
     """Raise UserError for what can be known without loading: packages, files, names, sizes."""
     if importlib.util.find_spec(PACKAGES[engine]) is None:
@@ -32,6 +37,8 @@ def check(
         raise UserError(
             f"--load-in is not for the engine {engine}", "use --engine transformers; a GGUF file has its own precision"
         )
+    if speculative and engine != "llamacpp":
+        raise UserError(f"--speculative is not for the engine {engine}", "leave it out, or serve a GGUF file")
     if engine == "llamacpp":
         if adapters:
             raise UserError("a GGUF file cannot take adapters", "merge it in: glm quantize --adapter")
@@ -67,12 +74,13 @@ def load(
     slots: int = 1,
     verify: bool = False,
     load_in: str | None = None,
+    speculative: bool = False,
 ) -> Engine:
     """Load it; raises UserError for what cannot work."""
     if engine == "llamacpp":
         from entrypoints.engines.llamacpp_engine import LlamaCppEngine
 
-        return LlamaCppEngine.load(model, slots=slots)
+        return LlamaCppEngine.load(model, slots=slots, speculative=speculative)
     if engine == "vllm":
         from entrypoints.engines.vllm_engine import VllmEngine
 

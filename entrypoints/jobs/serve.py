@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load-in", choices=LOADS, help="let bitsandbytes make the weights smaller as they load (CUDA, CPU)"
     )
     model.add_argument("--slots", type=int, default=4, help="answers generated at the same time")
+    model.add_argument(
+        "--speculative",
+        choices=("ngram",),
+        help="draft what the conversation holds already and verify it at once; for answers that repeat it (GGUF files)",
+    )
     model.add_argument("--verify", action="store_true", help="check every file's hash before loading")
     service = parser.add_argument_group("service")
     service.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need keys")
@@ -108,7 +113,8 @@ def _engine(
 
     name = engine_for(model) if args.engine == "auto" else args.engine
     device = args.device or settings.device
-    check(name, model, adapters, args.load_in, device)
+    speculative = args.speculative is not None
+    check(name, model, adapters, args.load_in, device, speculative)
     return name, lambda: load(
         name,
         model,
@@ -118,6 +124,7 @@ def _engine(
         slots=args.slots,
         verify=args.verify,
         load_in=args.load_in,
+        speculative=speculative,
     )
 
 

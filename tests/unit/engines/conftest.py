@@ -26,14 +26,14 @@ def scripted_llama(scripted: Callable, toy_native: Path, tmp_path: Path) -> Iter
     """As `scripted`, in llama.cpp: an engine of one slot that says the given ids."""
     engines = []
 
-    def make(script: Sequence[int]) -> LlamaCppEngine:
+    def make(script: Sequence[int], **options) -> LlamaCppEngine:
         folder = tmp_path / f"scripted-{len(engines)}"
         shutil.copytree(toy_native, folder)
         (folder / "manifest.json").unlink()
         weights = {name: tensor.contiguous() for name, tensor in scripted(script).model.state_dict().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         write_gguf(folder, folder / "model.gguf", "f16")
-        engines.append(LlamaCppEngine.load(folder / "model.gguf", slots=1, threads=2))
+        engines.append(LlamaCppEngine.load(folder / "model.gguf", slots=1, threads=2, **options))
         return engines[-1]
 
     yield make
