@@ -2,8 +2,9 @@
 
 import pytest
 
-from entrypoints.engines import llamacpp_calls
+from entrypoints.engines import llamacpp_calls, loading
 from entrypoints.engines.llamacpp_engine import LlamaCppEngine
+from entrypoints.errors import UserError
 from entrypoints.sampling import Sampling
 
 GREEDY = Sampling(max_new_tokens=40, temperature=0)
@@ -75,3 +76,10 @@ def test_what_a_model_says_by_itself_stays_the_same(toy_gguf, llama, prompts, to
 def test_odds_are_not_promised_with_it(repeating):
     assert "top_logprobs" not in repeating(speculative=True)[0].features
     assert "top_logprobs" in repeating()[0].features
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_other_engines_refuse_the_flag_by_name(engine, toy_native, monkeypatch):
+    monkeypatch.setitem(loading.PACKAGES, engine, "json")  # whichever of them is installed
+    with pytest.raises(UserError, match=f"--speculative is not for the engine {engine}; leave it out"):
+        loading.check(engine, toy_native, {}, speculative=True)
