@@ -108,7 +108,7 @@ else
 	  $(COMPOSE) --profile train run --rm train
 endif
 
-llamacpp: $(READY) ## Compile llama.cpp for this machine's processor into .venv (needs g++, 6 minutes)
+llamacpp: $(READY) ## Compile llama.cpp for this machine's processor into .venv (6 minutes; needs g++ and python3-dev)
 	images/scripts/llamacpp install $(LOCKS)/dev.lock $(VENV)/bin/python native
 
 doctor: ## Show what this machine offers, and what containers lack to use its GPUs

@@ -6,7 +6,7 @@ and answers rows of neither half. Several splits, none of whose held-out rows an
 the ROUGE-L of each split. The loss is that of a held-out label, after the first pass and after the last.
 
     python tests/bench/learn_bench.py        half an hour on one core
-    python tests/bench/learn_bench.py --splits 0 --rates ptuning=5e-3 ptuning=2e-2
+    python tests/bench/learn_bench.py --splits 0 --rates ptuning=1e-2 ptuning=2e-2
 """
 
 import argparse
