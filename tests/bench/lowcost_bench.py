@@ -8,6 +8,8 @@ quantised with `glm quantize` in a process of its own, and served. Everything is
     start        seconds from process start to ready, the file in the page cache and not, beside a plain read of it
     decode       tokens per second of llama.cpp called directly and of `glm serve` over HTTP, in turn; the bytes of
                  weights that these read, as a share of this machine's measured read bandwidth
+    drafts       tokens per second without and with `--speculative ngram` where every draft is right, and so how many of
+                 its tokens must be right for it to gain
     transformers 8 and 4 layers of the same shape in float32 and bfloat16, from which 28 are extrapolated; each also
                  with a cache of fixed size, and with that and torch.compile (which needs g++)
 
@@ -19,6 +21,8 @@ newer; `make llamacpp` compiles it for this processor.
 """
 
 import argparse
+import itertools
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -27,6 +31,8 @@ import tempfile
 import threading
 import time
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="lowcost-bench-") as name:
         folder = Path(name)
         start = time.monotonic()
-        _in_a_process(folder / "native", args.layers)
+        _in_a_process(_write, folder / "native", args.layers)
         print(f"{args.layers} layers written in {time.monotonic() - start:.0f} s", flush=True)
         file = folder / "model.gguf"
         _quantize(folder / "native", file, args.type)
@@ -64,15 +70,11 @@ def main(argv: list[str] | None = None) -> int:
         _start(file, folder)
         _cold_start(file, folder)
         _decode(file, folder, args)
+        _drafts(file)
     for dtype in () if args.skip_transformers else ("float32", "bfloat16"):
         for way in ("as it is", "static cache", "torch.compile"):
             _transformers(dtype, way, args.layers)
     return 0
-
-
-def _in_a_process(folder: Path, layers: int) -> None:
-    code = f"import lowcost_bench as b; from pathlib import Path; b._write(Path({str(folder)!r}), {layers})"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parent)
 
 
 def _write(folder: Path, layers: int) -> None:
@@ -202,6 +204,58 @@ def _decode(file: Path, folder: Path, args: argparse.Namespace) -> None:
     size = file.stat().st_size
     print(f"{size / 1e9:.2f} GB, {read / 1e9:.2f} read for a token; memory read at {bandwidth / 1e9:.1f} GB/s")
     print(f"the bandwidth allows one stream {bandwidth / read:.2f} tokens/s", flush=True)
+
+
+def _drafts(file: Path) -> None:
+    from entrypoints.engines.llamacpp_engine import DRAFTED
+
+    plain, drafting = (statistics.median(_in_a_process(_drafted, file, right)) for right in (False, True))
+    steps = (DRAFTED + 1) * plain / drafting
+    print(
+        f"drafts    {plain:.2f} tokens/s without, {drafting:.2f} where all are right; a step with {DRAFTED} drafted "
+        f"tokens takes {steps:.1f} times as long: gains from {int(steps)} right on",
+        flush=True,
+    )
+
+
+def _in_a_process(work: Callable, *args: object) -> object:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
+
+
+def _drafted(file: Path, right: bool) -> list[float]:
+    """Tokens per second of three answers; with `right` llama.cpp is told to take every draft for right.
+
+    The prompt holds stretches of DRAFTED tokens, one token in front of each; a bias has the model say that one token
+    wherever it is asked, so that a draft can follow.
+    """
+    import xllamacpp
+
+    import entrypoints.engines.llamacpp_engine as ours
+    from entrypoints.checkpoint.gguf import open_gguf
+    from entrypoints.engines.machine import available_cpus
+
+    if right:
+        made = xllamacpp.CommonParams
+
+        def params() -> object:
+            found = made()
+            found.speculative.synth_rates = [1.0] * ours.DRAFTED
+            return found
+
+        xllamacpp.CommonParams = params
+    server = ours._start(open_gguf(file), 1024, 1, available_cpus(), speculative=right)
+    stretches = [[777, *range(1000 + n * ours.DRAFTED, 1000 + (n + 1) * ours.DRAFTED)] for n in range(10)]
+    prompt = [*itertools.chain(*stretches), *stretches[0][-3:]]
+    request = {"prompt": prompt, "stream": True, "n_predict": 64, "temperature": 0.0, "logit_bias": [[777, 100]]}
+    rates = []
+    for _ in range(4):  # the first reads the prompt
+        last = {}
+        server.handle_completions(request, last.update)
+        rates.append(last["timings"]["predicted_per_second"])
+        assert last["timings"].get("draft_n_accepted", 0) == last["timings"].get("draft_n", 0)
+        assert bool(last["timings"].get("draft_n")) == right
+    return rates[1:]
 
 
 def _transformers(dtype: str, way: str, layers: int) -> None:
