@@ -1,6 +1,5 @@
 """What the build of llama.cpp at hand asks of this processor, and what of the processor it leaves unused."""
 
-import importlib.util
 import platform
 
 from entrypoints.engines.machine import processor_flags
@@ -39,10 +38,10 @@ def _require(needed: tuple[str, ...], remedy: str) -> None:
 
 
 def _compiled_for() -> list[str]:
-    if importlib.util.find_spec("xllamacpp") is None:
+    try:
+        import xllamacpp
+    except ImportError:  # told where it is needed
         return []
-    import xllamacpp
-
     words = xllamacpp.get_system_info().replace("|", ":").split(":")  # "CPU : AVX2 = 1 | AVX512 = 1 | ..."
     on = {word.split("=")[0].strip() for word in words if word.strip().endswith("= 1")}
     return [name for name in NEWER if name in on]
