@@ -33,10 +33,12 @@ def check(
         raise UserError(
             f"the engine {engine} needs the package {PACKAGES[engine]}", "install it, or choose another --engine"
         )
-    if load_in and engine != "transformers":
+    if load_in and engine == "llamacpp":
         raise UserError(
-            f"--load-in is not for the engine {engine}", "use --engine transformers; a GGUF file has its own precision"
+            "--load-in is not for the engine llamacpp", "a GGUF file has its own precision: glm quantize chooses it"
         )
+    if load_in == "4bit" and engine == "vllm":
+        raise UserError("vLLM makes 8 bits of a folder, and not 4", "--load-in 8bit, or --engine transformers")
     if speculative and engine != "llamacpp":
         raise UserError(f"--speculative is not for the engine {engine}", "leave it out, or serve a GGUF file")
     if engine == "llamacpp":
@@ -54,7 +56,7 @@ def check(
 
     checkpoint = open_native(model, quantised=engine == "transformers")
     shape = checkpoint.shape
-    if load_in or checkpoint.load_in:
+    if engine == "transformers" and (load_in or checkpoint.load_in):
         _check_bits(checkpoint, load_in, adapters, device)
     opened = {name: open_adapter(path, shape) for name, path in adapters.items()}
     for path in adapters.values():
@@ -84,7 +86,7 @@ def load(
     if engine == "vllm":
         from entrypoints.engines.vllm_engine import VllmEngine
 
-        return VllmEngine.load(model, adapters, slots, device, dtype, verify)
+        return VllmEngine.load(model, adapters, slots, device, dtype, verify, load_in=load_in)
     from entrypoints.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine.load_for_serving(model, adapters, device, dtype, slots, verify, load_in)

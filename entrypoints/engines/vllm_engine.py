@@ -72,11 +72,13 @@ class VllmEngine:
         verify: bool = False,
         tensor_parallel_size: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        load_in: str | None = None,
     ) -> "VllmEngine":
         """Check and load a native checkpoint and LoRA adapters to choose from by name.
 
         tensor_parallel_size: GPUs to split each layer over; as few as hold the weights if not given.
         gpu_memory_utilization: share of each GPU's memory that vLLM takes, for weights and cache together.
+        load_in: 8bit to make the matrices of the layers smaller while they load, as FP8.
         Raises UserError when something is missing, damaged, does not fit or is a P-Tuning adapter, before vLLM starts.
         """
         checkpoint = open_native(model, verify=verify)
@@ -86,7 +88,9 @@ class VllmEngine:
             refuse_other_base(path, model)
         kind = prepare(device)
         settings = model_settings(checkpoint, slots) | lora_settings(opened, kind)
-        settings |= device_settings(checkpoint.shape, slots, kind, dtype, tensor_parallel_size, gpu_memory_utilization)
+        settings |= device_settings(
+            checkpoint.shape, slots, kind, dtype, tensor_parallel_size, gpu_memory_utilization, load_in
+        )
         logger.info("loading %s with %s", model, settings)
         engine = cls(checkpoint, opened, slots, BackgroundLoop("vllm"))
         try:

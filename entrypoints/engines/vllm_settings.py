@@ -9,10 +9,11 @@ from entrypoints.checkpoint.native import NativeCheckpoint
 from entrypoints.checkpoint.original import read_json
 from entrypoints.engines.driver import check_driver
 from entrypoints.engines.machine import available_memory
-from entrypoints.engines.placement import HEADROOM, gpus_needed, place, weight_bytes
+from entrypoints.engines.placement import HEADROOM, gpus_needed, loaded_bytes, place, weight_bytes
 from entrypoints.errors import UserError
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM makes room for LoRA of one of these ranks
+EIGHT_BITS = "fp8_per_channel"  # vLLM's own way to 8 bits, made while it loads
 CPU_PAGE = 128  # tokens in a block of its cache
 CPU_BATCH_TOKENS = 512  # read in one step; loading runs one such step, too
 # Read by vLLM when it is imported and by its processes when they start; what the user has set already stays.
@@ -98,11 +99,15 @@ def lora_settings(adapters: Mapping[str, Adapter], kind: str) -> dict:
     return {"enable_lora": True, "max_lora_rank": fitting[0], "max_loras": places}
 
 
-def device_settings(shape: Shape, slots: int, kind: str, dtype: str, count: int | None, share: float) -> dict:
+def device_settings(
+    shape: Shape, slots: int, kind: str, dtype: str, count: int | None, share: float, load_in: str | None = None
+) -> dict:
     """kind: as `prepare` returns it. count: processes, each with a GPU of its own, to split every layer over; None for
-    as few as do. share: of each GPU's memory, for weights and cache together.
+    as few as do. share: of each GPU's memory, for weights and cache together. load_in: 8bit, or None for 16 bits.
     """
     if kind == "cpu":
+        if load_in:
+            raise UserError("vLLM makes 8 bits on GPUs alone", "leave out --load-in, or use --engine transformers")
         placement = place(shape, kind, dtype)
         # not compiled: that would cost minutes at each start, and a C++ compiler
         same = {"dtype": placement.dtype, "tensor_parallel_size": count or 1, "enforce_eager": True}
@@ -112,9 +117,19 @@ def device_settings(shape: Shape, slots: int, kind: str, dtype: str, count: int 
     if dtype == "auto":  # as in placement.py, but asked of the driver: torch would open every GPU in this process
         dtype = "bfloat16" if gpus.has_device_capability(80) else "float16"
     usable = [int(gpus.get_device_total_memory(number) * share) for number in range(gpus.device_count())]
-    needed = int(weight_bytes(shape, 4 if dtype == "float32" else 2) * HEADROOM)
-    count = count or _even_share(shape, gpus_needed(needed, usable), len(usable))
-    return {"dtype": dtype, "tensor_parallel_size": count, "gpu_memory_utilization": share}
+    size = loaded_bytes(shape, load_in, 2) if load_in else weight_bytes(shape, 4 if dtype == "float32" else 2)
+    count = count or _even_share(shape, gpus_needed(int(size * HEADROOM), usable), len(usable))
+    settings = {"dtype": dtype, "tensor_parallel_size": count, "gpu_memory_utilization": share}
+    return settings | _eight_bits(dtype, gpus.has_device_capability(75)) if load_in else settings
+
+
+def _eight_bits(dtype: str, new_enough: bool) -> dict:
+    if dtype == "float32" or not new_enough:
+        raise UserError(
+            "vLLM's 8 bits need --dtype bfloat16 or float16 and a GPU of compute capability 7.5 or more",
+            "use --engine transformers, or leave out --load-in",
+        )
+    return {"quantization": EIGHT_BITS}
 
 
 def _even_share(shape: Shape, least: int, most: int) -> int:

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights"
     )
     model.add_argument(
-        "--load-in", choices=LOADS, help="let bitsandbytes make the weights smaller as they load (CUDA, CPU)"
+        "--load-in",
+        choices=LOADS,
+        help="make the weights smaller as they load: by bitsandbytes (CUDA, CPU), 8bit also by vLLM (CUDA)",
     )
     model.add_argument("--slots", type=int, default=4, help="answers generated at the same time")
     model.add_argument(

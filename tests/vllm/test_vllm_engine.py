@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from reference import ANSWER, greedy, reference_answers
 
 from entrypoints.answer import decode
 from entrypoints.engines.base import Engine, Token
 from entrypoints.engines.transformers_engine import TransformersEngine
+from entrypoints.engines.vllm_engine import VllmEngine
 from entrypoints.errors import UserError
 from entrypoints.sampling import Sampling
 
@@ -212,3 +214,12 @@ def test_ids_beyond_the_vocabulary_are_refused(engine: Engine):
 def test_an_empty_prompt_is_refused(engine: Engine):
     with pytest.raises(UserError):
         list(engine.generate([], greedy()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_in_eight_bits_most_answers_begin_as_in_sixteen(engine: Engine, toy: Path, prompts: Prompts):
+    smaller = VllmEngine.load(toy, {}, 4, load_in="8bit")
+    pairs = [(next(engine.generate(prompt, greedy())), next(smaller.generate(prompt, greedy()))) for prompt in prompts]
+    smaller.close()
+    assert sum(one == other for one, other in pairs) > len(prompts) / 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from entrypoints.engines import placement
-from entrypoints.engines.loading import check
+from entrypoints.engines.loading import PACKAGES, check
 from entrypoints.engines.transformers_engine import TransformersEngine
 from entrypoints.errors import UserError
 from entrypoints.sampling import Sampling
@@ -28,15 +28,17 @@ def bitsandbytes(monkeypatch):
 @pytest.mark.parametrize(
     ("engine", "adapters", "there", "words"),
     [
-        ("llamacpp", {}, True, "--load-in is not for the engine llamacpp"),
+        ("llamacpp", {}, True, "--load-in is not for the engine llamacpp; a GGUF file has its own precision"),
+        ("vllm", {}, True, "vLLM makes 8 bits of a folder, and not 4; --load-in 8bit"),
         ("transformers", {"mine": "x"}, True, "--load-in takes no --adapter; merge a LoRA first"),
         ("transformers", {}, False, "--load-in needs the package bitsandbytes"),
     ],
 )
 def test_what_cannot_be_loaded_in_fewer_bits_is_refused(
-    engine, adapters, there, words, bitsandbytes, toy_native, toy_gguf
+    engine, adapters, there, words, bitsandbytes, toy_native, toy_gguf, monkeypatch
 ):
     bitsandbytes(there)
+    monkeypatch.setitem(PACKAGES, "vllm", "json")  # whether it is installed or not
     with pytest.raises(UserError, match=words):
         check(engine, toy_gguf if engine == "llamacpp" else toy_native, adapters, "4bit")
 

@@ -99,6 +99,28 @@ def test_what_is_asked_for_goes_before_what_would_be_chosen(on):
     assert settings == {"dtype": "float16", "tensor_parallel_size": 4, "gpu_memory_utilization": 0.5}
 
 
+def test_eight_bits_are_made_by_vllm_and_need_half_the_memory(on):
+    on(Machine(memory=(10 * GIB,)))
+    assert device_settings(REAL, 4, "cuda", "auto", None, 0.9, "8bit") == {
+        "dtype": "bfloat16",
+        "tensor_parallel_size": 1,
+        "gpu_memory_utilization": 0.9,
+        "quantization": "fp8_per_channel",
+    }
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [("float32", 80), ("auto", 70)])
+def test_eight_bits_without_half_precision_or_on_an_old_gpu_are_refused(dtype, capability, on):
+    on(Machine(memory=(80 * GIB,), capability=capability))
+    with pytest.raises(UserError, match=r"need --dtype bfloat16 or float16 and a GPU of compute capability 7\.5"):
+        device_settings(REAL, 4, "cuda", dtype, None, 0.9, "8bit")
+
+
+def test_eight_bits_on_a_processor_are_refused():
+    with pytest.raises(UserError, match="vLLM makes 8 bits on GPUs alone; leave out --load-in"):
+        device_settings(SHAPE, 4, "cpu", "bfloat16", None, 0.9, "8bit")
+
+
 def test_gpus_that_are_too_small_are_refused_with_the_numbers(on):
     on(Machine(memory=(4 * GIB,)))
     with pytest.raises(UserError, match=r"needs 13\.7 GB, the GPUs have 3\.9 GB"):
