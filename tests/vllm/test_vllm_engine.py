@@ -15,6 +15,7 @@ from entrypoints.answer import decode
 from entrypoints.engines.base import Engine, Token
 from entrypoints.engines.transformers_engine import TransformersEngine
 from entrypoints.engines.vllm_engine import VllmEngine
+from entrypoints.engines.vllm_settings import EIGHT_BITS
 from entrypoints.errors import UserError
 from entrypoints.sampling import Sampling
 
@@ -214,6 +215,12 @@ def test_ids_beyond_the_vocabulary_are_refused(engine: Engine):
 def test_an_empty_prompt_is_refused(engine: Engine):
     with pytest.raises(UserError):
         list(engine.generate([], greedy()))
+
+
+def test_vllm_knows_the_name_of_its_eight_bits():
+    from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
+
+    assert EIGHT_BITS in ONLINE_QUANT_SHORTHAND_NAMES
 
 
 @pytest.mark.gpu
