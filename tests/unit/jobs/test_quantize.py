@@ -1,6 +1,7 @@
 """`glm quantize`, and `glm chat` with what it makes. Traps B7, I2 and I3 of the list of reported pains."""
 
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def test_a_processor_without_avx2_is_refused_before_llama_cpp_is_loaded(
 ):
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu sse2 avx f16c\n")
     monkeypatch.setattr(machine, "PROCESSOR", tmp_path / "cpuinfo")
-    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     for words in (["quantize", toy_native, tmp_path / "out.gguf"], ["chat", "--model", toy_gguf, "--prompt", "hi"]):
         assert "this processor has no avx2, bmi2, fma, which llama.cpp's build needs" in glm(*words).mistake()
 
