@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -22,6 +23,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # engines and training took 308 s with two and 137 s with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, and with it all that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in ("NO_PROXY", "no_proxy"):  # a proxy of the developer's must not come between a test and its own servers
     os.environ[_name] = ",".join(filter(None, (os.environ.get(_name), "127.0.0.1", "localhost")))
 
