@@ -87,14 +87,8 @@ class LlamaCppEngine:
                 f"window {window} with {slots} slots cannot be had of {file}",
                 f"the window is at most {checkpoint.window}, slots at least 1",
             )
+        _require_memory(checkpoint, slots, window, in_place)
         tokens = slots * _whole_pages(window)
-        needed = kept_bytes(checkpoint.shape, slots, window) + (0 if in_place else file.stat().st_size)
-        if (available := available_memory()) < needed:
-            raise UserError(
-                f"{file} with {slots} slots of {window} tokens needs {needed / 1e9:.1f} GB of memory, "
-                f"{available / 1e9:.1f} GB are available",
-                "free memory, or use fewer slots or a smaller type",
-            )
         threads = threads or available_cpus()
         logger.info("loading %s (%s), %d slots of %d tokens, %d threads", file, checkpoint.type, slots, window, threads)
         if not in_place:
@@ -162,6 +156,16 @@ def kept_bytes(shape: Shape, slots: int, window: int) -> int:
     return (slots + 1) * shape.cache_bytes(_whole_pages(window))
 
 
+def _require_memory(checkpoint: GgufCheckpoint, slots: int, window: int, in_place: bool) -> None:
+    needed = kept_bytes(checkpoint.shape, slots, window) + (0 if in_place else checkpoint.file.stat().st_size)
+    if (available := available_memory()) < needed:
+        raise UserError(
+            f"{checkpoint.file} with {slots} slots of {window} tokens needs {needed / 1e9:.1f} GB of memory, "
+            f"{available / 1e9:.1f} GB are available",
+            "free memory, or use fewer slots or a smaller type",
+        )
+
+
 def _whole_pages(window: int) -> int:
     return -(-window // PAGE) * PAGE
 
@@ -225,6 +229,21 @@ def _start(
         import xllamacpp
     except ImportError as error:
         raise UserError("this needs the package xllamacpp", "pip install 'glm-entrypoints[quantized]'") from error
+    params = _parameters(checkpoint, tokens, slots, threads, in_place, speculative)
+    with tempfile.TemporaryDirectory(prefix="glm-") as folder:  # of mode 0700; gone with the socket when all is loaded
+        params.hostnames = [f"{folder}/llama.sock"]
+        try:
+            return xllamacpp.Server(params)
+        except RuntimeError as error:
+            told = f"llama.cpp cannot load {checkpoint.file} ({error})"
+            raise UserError(told, "its own words are on stderr") from error
+
+
+def _parameters(
+    checkpoint: GgufCheckpoint, tokens: int, slots: int, threads: int, in_place: bool, speculative: bool
+) -> object:
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path = str(checkpoint.file)
     params.n_ctx = tokens
@@ -250,10 +269,4 @@ def _start(
     params.ui = params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = False
     params.n_threads_http = 1
     params.api_keys = [secrets.token_urlsafe(32)]  # should a later version not know socket files
-    with tempfile.TemporaryDirectory(prefix="glm-") as folder:  # of mode 0700; gone with the socket when all is loaded
-        params.hostnames = [f"{folder}/llama.sock"]
-        try:
-            return xllamacpp.Server(params)
-        except RuntimeError as error:
-            told = f"llama.cpp cannot load {checkpoint.file} ({error})"
-            raise UserError(told, "its own words are on stderr") from error
+    return params

@@ -33,14 +33,7 @@ def check(
         raise UserError(
             f"the engine {engine} needs the package {PACKAGES[engine]}", "install it, or choose another --engine"
         )
-    if load_in and engine == "llamacpp":
-        raise UserError(
-            "--load-in is not for the engine llamacpp", "a GGUF file has its own precision: glm quantize chooses it"
-        )
-    if load_in == "4bit" and engine == "vllm":
-        raise UserError("vLLM makes 8 bits of a folder, and not 4", "--load-in 8bit, or --engine transformers")
-    if speculative and engine != "llamacpp":
-        raise UserError(f"--speculative is not for the engine {engine}", "leave it out, or serve a GGUF file")
+    _check_flags(engine, load_in, speculative)
     if engine == "llamacpp":
         if adapters:
             raise UserError("a GGUF file cannot take adapters", "merge it in: glm quantize --adapter")
@@ -65,6 +58,17 @@ def check(
         from entrypoints.engines.vllm_settings import refuse_prefixes
 
         refuse_prefixes(opened)
+
+
+def _check_flags(engine: str, load_in: str | None, speculative: bool) -> None:
+    if load_in and engine == "llamacpp":
+        raise UserError(
+            "--load-in is not for the engine llamacpp", "a GGUF file has its own precision: glm quantize chooses it"
+        )
+    if load_in == "4bit" and engine == "vllm":
+        raise UserError("vLLM makes 8 bits of a folder, and not 4", "--load-in 8bit, or --engine transformers")
+    if speculative and engine != "llamacpp":
+        raise UserError(f"--speculative is not for the engine {engine}", "leave it out, or serve a GGUF file")
 
 
 def load(

@@ -28,6 +28,11 @@ BOUNDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `glm serve`."""
+    _add_model_arguments(parser)
+    _add_service_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", type=Path, help="converted checkpoint or GGUF file; overrides MODEL_PATH")
     model.add_argument(
@@ -53,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draft what the conversation holds already and verify it at once; for answers that repeat it (GGUF files)",
     )
     model.add_argument("--verify", action="store_true", help="check every file's hash before loading")
+
+
+def _add_service_arguments(parser: argparse.ArgumentParser) -> None:
     service = parser.add_argument_group("service")
     service.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need keys")
     service.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
