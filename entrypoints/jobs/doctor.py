@@ -104,8 +104,9 @@ def _llama_cpp() -> str:
         return f"{missing}: only q4_0, q8_0 and f16 can be made"
     from entrypoints.engines.llamacpp_build import unused
 
-    faster = f"; faster with {', '.join(unused())}: make llamacpp, or LLAMACPP_CPU for an image" if unused() else ""
-    return f"all types of glm quantize{faster}"
+    faster = ", ".join(unused())
+    remedy = f"; faster with {faster}: make llamacpp, or LLAMACPP_CPU for an image" if faster else ""
+    return f"all types of glm quantize{remedy}"
 
 
 def _line(name: str, value: str) -> None:

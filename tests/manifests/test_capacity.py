@@ -35,7 +35,7 @@ def test_both_pages_show_the_table_of_the_script():
 
 
 def test_the_formula_gives_the_bound_that_two_cores_were_measured_against(capacity):
-    """The repository's README: 3.50 GB read at 29.1 GB/s allow 8.3 tokens a second, and 3.2 were reached."""
+    """Of k8s/README.md: 3.50 GB read at 29.1 GB/s allow 8.3 tokens a second, and 3.2 were reached."""
     cores = capacity.Card("two cores", 24e9, 29.1e9 / capacity.EFFICIENCY, 1e12)
     bound = 1 / capacity.step_seconds(cores, capacity.Load(), 0, weight_bytes=3.5e9)
     assert bound == pytest.approx(8.3, abs=0.05)
