@@ -97,8 +97,8 @@ class Plan:
         layers = self.arguments.freeze_layers if self.arguments.method == "freeze" else shape.layers
         layer = layer_bytes(shape, width, self.arguments)
         kept = layers * width * shape.hidden + layer if self.arguments.gradient_checkpointing else layers * layer
-        logits = shape.vocabulary * (width + 12)  # and in float32: a copy, its softmax and the gradient
-        return tokens * (kept + 8 * shape.hidden) + self._labels() * logits
+        scores = shape.vocabulary * (4 if width == 4 else width + 4)  # in float32, and in 16 bits before and after
+        return tokens * (kept + 8 * shape.hidden) + self._labels() * scores
 
     def _labels(self) -> int:
         """Most of a batch; where rows have one answer, not more than that is long and its end."""

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments  # noqa: F401 -
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
+from entrypoints.engines.machine import keep_freed_memory
 from entrypoints.training import methods
 from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.batches import Collator
@@ -80,7 +81,7 @@ def made(arguments: TrainArguments, prepared: Prepared) -> GlmTrainer:
         warnings.filterwarnings("ignore", ".*torch.distributed.*is deprecated", FutureWarning)
         deepspeed.init_distributed(dist_backend="gloo" if settings.use_cpu else None, verbose=False)
     logger.info("loading %s, method %s, computing in %s", arguments.model_name_or_path, arguments.method, dtype)
-    return GlmTrainer(
+    trainer = GlmTrainer(
         model=methods.load(arguments, prepared.base.shape, dtype, divided=prepared.deepspeed is not None),
         args=settings,
         train_dataset=prepared.dataset,
@@ -90,6 +91,9 @@ def made(arguments: TrainArguments, prepared: Prepared) -> GlmTrainer:
         finishing=Finishing(prepared.base, prepared.prompt_format, arguments),
         arguments=arguments,
     )
+    if settings.use_cpu:
+        keep_freed_memory()
+    return trainer
 
 
 def _settings(arguments: TrainArguments, prepared: Prepared) -> dict:

@@ -1,6 +1,9 @@
 """What a process may use inside a container: both kinds of control groups."""
 
 import os
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import psutil
@@ -97,3 +100,28 @@ def test_the_older_kind_of_limit_counts_too(group):
     group("memory/memory.usage_in_bytes", "60")
     group("memory/memory.stat", "total_inactive_file 20\ninactive_file 7")
     assert machine.available_memory() == 50
+
+
+PASSES = """
+import resource, torch
+from entrypoints.engines.machine import keep_freed_memory
+{first}
+def taken():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.zeros(64 << 20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+taken()
+print(taken() * resource.getpagesize() >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
+@pytest.mark.parametrize(("first", "kept"), [("", False), ("keep_freed_memory()", True)])
+def test_memory_that_is_kept_is_not_taken_from_the_system_again(first, kept):
+    """MiB that the system had to hand out for ten pieces of 64 after ten others: each anew, or none."""
+    done = subprocess.run(
+        [sys.executable, "-c", PASSES.format(first=first)], capture_output=True, text=True, check=True,
+        env=os.environ | {"GLIBC_TUNABLES": ""},
+    )  # fmt: skip
+    assert (int(done.stdout) < 64) is kept

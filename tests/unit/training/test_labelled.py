@@ -9,6 +9,7 @@ from entrypoints.checkpoint.native import open_native
 from entrypoints.prompt import IGNORED
 from entrypoints.training import methods
 from entrypoints.training.arguments import TrainArguments
+from entrypoints.training.labelled import CrossEntropy
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,32 @@ def test_loss_and_gradients_are_those_of_plain_transformers(counted, learner, to
     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_vocabulary_is_scored_in_front_of_labels_alone(learner, batch):
-    model = learner()
-    assert len(model(**batch).logits) == 7 + 10 + 3
+def test_the_vocabulary_is_scored_in_front_of_labels_alone(learner, toy_native, batch):
+    model, scored = learner(), []
+    model.lm_head.register_forward_hook(lambda _module, _inputs, scores: scored.append(scores.shape))
+    model(**batch)
+    assert scored == [(7 + 10 + 3, open_native(toy_native).shape.vocabulary)]
     assert model(batch["input_ids"]).logits.shape[:2] == (3, 12)  # asked, not taught
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_scores_become_the_gradient_that_torchs_own_loss_gives_them(smoothing):
+    """37 places: two whole parts and a piece of one; among the scores one that alone would overflow an exponential."""
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(37, 300, generator=generator), torch.randint(300, (37,), generator=generator)
+    scores[3, 7] = 500.0
+    plain = scores.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(plain, labels, reduction="sum", label_smoothing=smoothing)
+    (expected / 5).backward()
+
+    ours, memory = scores.clone().requires_grad_(), []
+    told = ours * 1
+    told.register_hook(lambda gradient: memory.append(gradient.data_ptr()))
+    loss = CrossEntropy.apply(told, labels, smoothing)
+    (loss / 5).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.grad, plain.grad)
+    assert memory == [told.data_ptr()]  # no second piece of that size
 
 
 @pytest.mark.parametrize("fields", [{}, {"method": "lora"}, {"method": "ptuning", "pre_seq_len": 4}])
