@@ -28,8 +28,7 @@ from entrypoints.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 PAGE = 256  # llama.cpp rounds a slot's window up to this
-READ_BYTES = 16 << 20
-LOOK_BYTES = 1 << 20
+BLOCK = 1 << 20  # bytes that are read at once; where the first of them is in memory all are taken to be
 LOOKED_UP, DRAFTED = 4, 8  # tokens that must stand somewhere before, and how many are taken from behind them
 BATCH = 128  # prompt tokens read in one step; between two steps the other answers go on, and a call can be cancelled
 RANDOM_SEED = (1 << 32) - 1  # what llama.cpp takes for "another one each time"
@@ -200,19 +199,18 @@ def _request(prompt: Sequence[int], sampling: Sampling, most: int) -> dict:
 
 def _read_ahead(file: Path) -> None:
     """Bring the file into memory: llama.cpp keeps all of Python waiting while it loads, and /healthz must answer."""
-    block = bytearray(READ_BYTES)
+    block = bytearray(BLOCK)
     with file.open("rb", buffering=0) as stream:
-        if _in_memory(stream.fileno(), file.stat().st_size):
-            return
-        while stream.readinto(block):
-            pass
+        for place in range(0, file.stat().st_size, BLOCK):
+            if not _in_memory(stream.fileno(), place):
+                stream.seek(place)
+                stream.readinto(block)
 
 
-def _in_memory(descriptor: int, size: int) -> bool:
-    """Whether a byte in every LOOK_BYTES can be had without the disk; False where the system does not tell."""
-    byte = [bytearray(1)]
+def _in_memory(descriptor: int, place: int) -> bool:
+    """Whether the byte at `place` can be had without the disk; False where the system does not tell."""
     try:
-        return all(os.preadv(descriptor, byte, place, os.RWF_NOWAIT) for place in range(0, size, LOOK_BYTES))
+        return os.preadv(descriptor, [bytearray(1)], place, os.RWF_NOWAIT) == 1
     except (AttributeError, OSError):
         return False
 

@@ -13,8 +13,7 @@ quantised with `glm quantize` in a process of its own, and served. Everything is
     transformers 8 and 4 layers of the same shape in float32 and bfloat16, from which 28 are extrapolated; each also
                  with a cache of fixed size, and with that and torch.compile (which needs g++)
 
-llama.cpp runs with the huge pages that the image `infer-quantized` gives it. Its published build uses AVX2 and nothing
-newer; `make llamacpp` compiles it for this processor.
+The published build of llama.cpp uses AVX2 and nothing newer; `make llamacpp` compiles it for this processor.
 
     python tests/bench/lowcost_bench.py                 needs 17 GB of disk, 12 GB of memory, 20 minutes
     python tests/bench/lowcost_bench.py --layers 4 --type q4_k_m
@@ -66,7 +65,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.layers} layers written in {time.monotonic() - start:.0f} s", flush=True)
         file = folder / "model.gguf"
         _quantize(folder / "native", file, args.type)
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         _start(file, folder)
         _cold_start(file, folder)
         _decode(file, folder, args)
@@ -178,7 +176,7 @@ def _forget(file: Path) -> None:
 def _start(file: Path, folder: Path) -> None:
     command = [*GLM, "serve", "--model", str(file), "--slots", "1", "--served-model-name", "bench"]
     start = time.monotonic()
-    with serving(command, folder / "start.log", None) as server:
+    with serving(command, folder / "start.log", one_core=False) as server:
         server.wait_ready(600)
         ready = time.monotonic() - start
         body = (

@@ -90,12 +90,6 @@ def test_hubs_and_telemetry_are_off_and_gpus_come_only_when_asked_for(image):
     assert expected | TELEMETRY_OFF.get(name_of(image), set()) <= set(image.attrs["Config"]["Env"])
 
 
-def test_the_image_of_llama_cpp_asks_for_huge_pages(image):
-    """Its weights lie in malloc's memory; the others' would only grow."""
-    told = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in image.attrs["Config"]["Env"]
-    assert told == (name_of(image) == "infer-quantized")
-
-
 def test_the_user_has_a_passwd_entry_and_may_not_change_the_image(image, finish):
     code, text = finish(
         name_of(image),
