@@ -21,7 +21,7 @@ from entrypoints.engines.base import Token
 from entrypoints.engines.json_grammar import json_grammar
 from entrypoints.engines.llamacpp_build import require_processor
 from entrypoints.engines.llamacpp_calls import Calls
-from entrypoints.engines.machine import available_cpus, available_memory
+from entrypoints.engines.machine import available_cpus, available_memory, freed_memory_kept
 from entrypoints.errors import UserError
 from entrypoints.prompt import PromptFormat
 from entrypoints.sampling import Sampling
@@ -231,7 +231,8 @@ def _start(
     with tempfile.TemporaryDirectory(prefix="glm-") as folder:  # of mode 0700; gone with the socket when all is loaded
         params.hostnames = [f"{folder}/llama.sock"]
         try:
-            return xllamacpp.Server(params)
+            with freed_memory_kept():  # of one tensor's bytes for the next one's
+                return xllamacpp.Server(params)
         except RuntimeError as error:
             told = f"llama.cpp cannot load {checkpoint.file} ({error})"
             raise UserError(told, "its own words are on stderr") from error

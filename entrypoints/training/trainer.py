@@ -1,5 +1,6 @@
 """One fine-tuning run, from flags to a complete folder. Every process of a run calls `train`."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments  # noqa: F401 -
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
-from entrypoints.engines.machine import keep_freed_memory
+from entrypoints.engines.machine import freed_memory_kept
 from entrypoints.training import methods
 from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.batches import Collator
@@ -48,7 +49,7 @@ def _run(trainer: GlmTrainer, resumed: Checkpoint | None) -> None:
     if resumed:
         logger.info("going on from %s", resumed.folder)
         going_on["resume_from_checkpoint"] = str(resumed.folder)
-    with interrupts.caught():
+    with interrupts.caught(), freed_memory_kept() if trainer.args.use_cpu else contextlib.nullcontext():
         try:
             result = trainer.train(**going_on)
         except RuntimeError as error:
@@ -81,7 +82,7 @@ def made(arguments: TrainArguments, prepared: Prepared) -> GlmTrainer:
         warnings.filterwarnings("ignore", ".*torch.distributed.*is deprecated", FutureWarning)
         deepspeed.init_distributed(dist_backend="gloo" if settings.use_cpu else None, verbose=False)
     logger.info("loading %s, method %s, computing in %s", arguments.model_name_or_path, arguments.method, dtype)
-    trainer = GlmTrainer(
+    return GlmTrainer(
         model=methods.load(arguments, prepared.base.shape, dtype, divided=prepared.deepspeed is not None),
         args=settings,
         train_dataset=prepared.dataset,
@@ -91,9 +92,6 @@ def made(arguments: TrainArguments, prepared: Prepared) -> GlmTrainer:
         finishing=Finishing(prepared.base, prepared.prompt_format, arguments),
         arguments=arguments,
     )
-    if settings.use_cpu:
-        keep_freed_memory()
-    return trainer
 
 
 def _settings(arguments: TrainArguments, prepared: Prepared) -> dict:

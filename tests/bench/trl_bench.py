@@ -13,6 +13,7 @@ labels that `glm train` made, so that both learn the same, and is given what it 
 """
 
 import argparse
+import contextlib
 import importlib.util
 import multiprocessing
 import resource
@@ -32,6 +33,7 @@ from transformers import GlmConfig, GlmForCausalLM, PrinterCallback, TrainerCall
 from entrypoints.checkpoint.layout import Shape
 from entrypoints.checkpoint.native import save_tokenizer, write_settings
 from entrypoints.checkpoint.tokenizer import Tokenizer
+from entrypoints.engines.machine import freed_memory_kept
 from entrypoints.prompt import IGNORED, PromptFormat
 from entrypoints.training import trainer as glm
 from entrypoints.training.arguments import LORA_TARGETS, TrainArguments
@@ -129,7 +131,8 @@ def _run(task: Task) -> dict:
     trainer = glm.made(arguments, prepared) if task.way == "glm" else _trl(task, arguments, prepared)
     clock = Clock()
     trainer.add_callback(clock)
-    loss = trainer.train().training_loss
+    with freed_memory_kept() if task.way == "glm" else contextlib.nullcontext():  # as glm train does without a GPU
+        loss = trainer.train().training_loss
     return {
         "rows/s": len(prepared.dataset) / clock.seconds,
         "labels": sum(label != IGNORED for row in prepared.dataset["labels"] for label in row) / len(prepared.dataset),
