@@ -55,7 +55,7 @@ def as_messages(turns: Iterable) -> list[Message]:
         if isinstance(turn, Message):
             messages.append(turn)
         elif isinstance(turn, dict):
-            messages.append(_from_dict(turn, index))
+            messages.append(from_dict(turn, index))
         elif isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
             messages += [Message("user", turn[0]), Message("assistant", turn[1])]
         else:
@@ -66,7 +66,8 @@ def as_messages(turns: Iterable) -> list[Message]:
     return messages
 
 
-def _from_dict(turn: dict, index: int) -> Message:
+def from_dict(turn: dict, index: int) -> Message:
+    """A turn in ChatGLM3's own form; raises UserError with its index and all that is wrong with it."""
     unknown = sorted(set(turn) - {"role", "content", "metadata", "tools"})
     problems = [f"has an unknown field {unknown[0]!r}"] if unknown else []
     if turn.get("role") not in ROLES:
@@ -172,7 +173,7 @@ class PromptFormat:
         ids, taught = start, [False, False]
         for turn in turns:
             prefix = self.source_prefix if turn.role == "user" else ""
-            body = codec.encode(f"{turn.metadata}\n") + codec.encode(prefix + _with_tools(turn))
+            body = codec.encode(f"{turn.metadata}\n") + codec.encode(prefix + with_tools(turn))
             # the id after an answer, the next role's tag, is what teaches the model to stop
             ids_of_turn, ends_answer = [codec.control(f"<|{turn.role}|>"), *body], len(taught) > 2 and taught[-1]
             ids += ids_of_turn
@@ -222,7 +223,8 @@ class PromptFormat:
         return text
 
 
-def _with_tools(turn: Message) -> str:
+def with_tools(turn: Message) -> str:
+    """The text of a turn with the tools below it, as it is encoded."""
     if not turn.tools:
         return turn.content
     return f"{turn.content}\n{json.dumps(list(turn.tools), indent=4, ensure_ascii=False)}"

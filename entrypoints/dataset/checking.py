@@ -1,16 +1,22 @@
 """What a file of training rows holds: lengths, what the limits would cut, and what to mend before paying for a GPU."""
 
+import hashlib
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from entrypoints.dataset.reading import Columns, Example, Row, Skipped, column_counts, examples
+from entrypoints.dataset.reading import Columns, Example, Row, Skipped, stream_examples
+from entrypoints.errors import UserError
+from entrypoints.prompt import with_tools
 
 UNK = (
     "<UNK>"  # the public AdvertiseGen answers hold it as five plain characters, and a tuned model learns to write them
 )
 SHOWN = 10  # line numbers named for one finding
+DIGEST = 16  # bytes that stand for a text: enough that no two of any file are taken for equal
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class Report:
 
 
 def check(
-    rows: list[Row],
+    rows: Iterable[Row],
     columns: Columns,
     encode: Callable[[Example], tuple[int, int]] | None,
     max_source_length: int,
@@ -108,34 +114,90 @@ def check(
 ) -> Report:
     """Look at every row of one file; `encode` gives prompt and answer length in tokens, without it characters count.
 
+    Rows that `encode` refuses with a UserError are skipped. Of each row only numbers and a digest are kept.
     Raises UserError: a column that no row has, or no usable row.
     """
-    used, skipped = examples(rows, columns)
-    sizes = [(encode or _characters)(example) for example in used]
-    prompts, responses = [size[0] for size in sizes], [size[1] for size in sizes]
-    duplicates, conflicts = _repeats(used)
+    found = _Findings()
+    for row in stream_examples(found.counted(rows), columns):
+        found.add(row, encode or _characters)
+    if not found.lines:
+        counts = ", ".join(f"{len(lines)} {reason}" for reason, lines in found.skipped.items())
+        raise UserError(f"no usable row in {found.file.name}: {counts}", "mend the rows, or raise the limits")
+    duplicates, conflicts = found.repeats()
     return Report(
-        file=str(rows[0].file),
-        rows=len(rows),
-        columns=column_counts(rows),
-        used=len(used),
-        skipped=_by_reason(skipped),
+        file=str(found.file),
+        rows=found.rows,
+        columns=dict(found.columns),
+        used=len(found.lines),
+        skipped={reason: _places(lines) for reason, lines in found.skipped.items()},
         unit="tokens" if encode else "characters",
-        prompt_length=_lengths(prompts),
-        response_length=_lengths(responses),
+        prompt_length=_lengths(found.prompts),
+        response_length=_lengths(found.responses),
         max_source_length=max_source_length,
         max_target_length=max_target_length,
-        cut_prompts=_places(used, (size > max_source_length for size in prompts)),
-        cut_responses=_places(used, (size > max_target_length for size in responses)),
-        unk_responses=_places(used, (UNK in example.response for example in used)),
+        cut_prompts=_places(found.longer(found.prompts, max_source_length)),
+        cut_responses=_places(found.longer(found.responses, max_target_length)),
+        unk_responses=_places(found.unk),
         duplicates=duplicates,
         conflicts=conflicts,
     )
 
 
+class _Findings:
+    """What is known of the rows so far; `lines`, `prompts` and `responses` have one entry for each usable row."""
+
+    def __init__(self) -> None:
+        self.file, self.rows, self.columns = Path(), 0, Counter()
+        self.lines, self.prompts, self.responses = [], [], []
+        self.unk: list[int] = []
+        self.skipped: dict[str, list[int]] = {}
+        self.whole: dict[bytes, list[int]] = {}  # digests of question and answer: lines
+        self.asked: dict[bytes, list[int]] = {}  # of the question
+
+    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows; each is counted with its columns as it passes."""
+        for row in rows:
+            self.file, self.rows = row.file, self.rows + 1
+            self.columns.update(row.fields.keys())
+            yield row
+
+    def add(self, row: Example | Skipped, size: Callable[[Example], tuple[int, int]]) -> None:
+        """Note one row."""
+        try:
+            prompt, response = (0, 0) if isinstance(row, Skipped) else size(row)
+        except UserError as error:
+            row = Skipped(row.file, row.line, error.problem)
+        if isinstance(row, Skipped):
+            self.skipped.setdefault(row.reason, []).append(row.line)
+            return
+        self.lines.append(row.line)
+        self.prompts.append(prompt)
+        self.responses.append(response)
+        if UNK in row.response:
+            self.unk.append(row.line)
+        *asked, answer = row.messages()
+        question = _digest(asked)
+        self.asked.setdefault(question, []).append(row.line)
+        self.whole.setdefault(question + _digest(answer), []).append(row.line)
+
+    def longer(self, sizes: list[int], limit: int) -> list[int]:
+        """Lines of the usable rows above a limit."""
+        return [line for line, size in zip(self.lines, sizes, strict=True) if size > limit]
+
+    def repeats(self) -> tuple[Groups, Groups]:
+        """Rows equal in all turns; then rows equal in all but the answer."""
+        answers = Counter(key[:DIGEST] for key in self.whole)
+        conflicts = [lines for question, lines in self.asked.items() if answers[question] > 1]
+        return _groups([lines for lines in self.whole.values() if len(lines) > 1]), _groups(conflicts)
+
+
 def _characters(example: Example) -> tuple[int, int]:
-    history = sum(len(question) + len(answer) for question, answer in example.history)
-    return history + len(example.prompt), len(example.response)
+    *asked, answer = example.messages()
+    return sum(len(with_tools(turn)) for turn in asked), len(answer.content)
+
+
+def _digest(turns: object) -> bytes:
+    return hashlib.blake2b(repr(turns).encode(), digest_size=DIGEST).digest()
 
 
 def _lengths(sizes: list[int]) -> Lengths:
@@ -144,30 +206,8 @@ def _lengths(sizes: list[int]) -> Lengths:
     return Lengths(p50, p90, p99, ordered[-1], round(sum(ordered) / len(ordered), 1))
 
 
-def _places(used: list[Example], found: Iterable[bool]) -> Places:
-    lines = [example.line for example, yes in zip(used, found, strict=True) if yes]
+def _places(lines: list[int]) -> Places:
     return Places(len(lines), lines[:SHOWN])
-
-
-def _by_reason(skipped: list[Skipped]) -> dict[str, Places]:
-    lines = _grouped((row.reason, row.line) for row in skipped)
-    return {reason: Places(len(found), found[:SHOWN]) for reason, found in lines.items()}
-
-
-def _repeats(used: list[Example]) -> tuple[Groups, Groups]:
-    """Rows equal in history, prompt and response; then rows equal in history and prompt that answer differently."""
-    whole = _grouped(((tuple(row.history), row.prompt, row.response), row.line) for row in used)
-    asked = _grouped(((tuple(row.history), row.prompt), row.line) for row in used)
-    answers = _grouped(((history, prompt), response) for history, prompt, response in whole)
-    conflicts = [lines for question, lines in asked.items() if len(answers[question]) > 1]
-    return _groups([lines for lines in whole.values() if len(lines) > 1]), _groups(conflicts)
-
-
-def _grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, list]:
-    groups = {}
-    for key, value in pairs:
-        groups.setdefault(key, []).append(value)
-    return groups
 
 
 def _groups(found: list[list[int]]) -> Groups:

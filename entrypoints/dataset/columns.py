@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from entrypoints.errors import UserError
-from entrypoints.prompt import as_messages
+from entrypoints.openai_turns import to_turns
+from entrypoints.prompt import Message
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # "\ud83d" alone in JSON: no tokenizer and no UTF-8 file can hold it
+TOOLS = "tools"  # beside the conversations, as in a request of the API
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
     """Names of the fields that hold the prompt, the response and, for several turns, the earlier ones.
 
-    conversations: in place of the others, the field with all turns as messages of the API: role, content, and where
-    there are any metadata (the tool that is called) and tools (on the system turn).
+    conversations: in place of the others, the field with all turns as messages of the API, or in ChatGLM3's own form;
+    the tools on offer stand beside it, in the field `tools`, or on the system turn.
     """
 
     prompt: str = "content"
@@ -57,22 +59,35 @@ def problem(fields: dict[str, Any], columns: Columns) -> str | None:
 
 
 def _conversation_problem(fields: dict[str, Any], column: str) -> str | None:
-    turns = fields.get(column)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    messages, tools = fields.get(column), fields.get(TOOLS)
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return f"{column!r} is not a list of messages"
+    if not isinstance(tools, list | None):
+        return f"{TOOLS!r} is not a list of tools"
     try:
-        messages = as_messages(turns)
+        turns = conversation(fields, column)
     except UserError as error:
         return error.problem
-    if not messages or messages[-1].role != "assistant":
+    if not turns or turns[-1].role != "assistant":
         return "the conversation does not end with an answer"
-    if not messages[-1].content.strip():
+    if not turns[-1].content.strip():
         return "empty response"
-    if len(messages) < 2 or messages[-2].role not in ("user", "observation"):
+    if len(turns) > 1 and messages[-1].get("tool_calls") and turns[-2].role == "assistant":
+        return "the last answer is more than one turn: one text or one call"
+    if len(turns) < 2 or turns[-2].role not in ("user", "observation"):
         return "the last answer follows no question"
-    if HALF_CHARACTER.search(json.dumps(turns, ensure_ascii=False)):
+    texts = [[turn.metadata, turn.content, turn.tools] for turn in turns]
+    if HALF_CHARACTER.search(json.dumps(texts, ensure_ascii=False)):
         return "the conversation holds half a character (a lone surrogate)"
     return None
+
+
+def conversation(fields: dict[str, Any], column: str) -> list[Message]:
+    """All turns of a row of messages, the tools on its system turn, as the API would tell them to the model.
+
+    Raises UserError naming the message or the tool that is malformed.
+    """
+    return to_turns(fields[column], fields.get(TOOLS) or ())
 
 
 def history(fields: dict[str, Any], columns: Columns) -> Any:

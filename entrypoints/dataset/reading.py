@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from entrypoints.dataset.columns import Columns, history, problem
+from entrypoints.dataset.columns import Columns, conversation, history, problem
 from entrypoints.dataset.scanning import SHAPES, Pieces, Row, Scanner, decode
 from entrypoints.errors import UserError
 from entrypoints.prompt import Message, as_messages
@@ -32,12 +32,12 @@ class Example:
     prompt: str
     response: str
     history: list[tuple[str, str]] = field(default_factory=list)
-    turns: list[dict] = field(default_factory=list)
+    turns: list[Message] = field(default_factory=list)
 
     def messages(self) -> list[Message]:
         """Every turn, the answer last."""
         asked = [*self.history, Message("user", self.prompt), Message("assistant", self.response)]
-        return as_messages(self.turns or asked)
+        return self.turns or as_messages(asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +157,9 @@ def _unusable(found: str, file: Path, counts: str, columns: Columns) -> UserErro
 
 def _example(row: Row, index: int, columns: Columns) -> Example:
     if columns.conversations is not None:
-        turns = row.fields[columns.conversations]
-        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
-        return Example(row.file, row.line, index, asked[-1] if asked else "", turns[-1]["content"], turns=turns)
+        turns = conversation(row.fields, columns.conversations)
+        asked = [turn.content for turn in turns if turn.role == "user"]
+        return Example(row.file, row.line, index, asked[-1] if asked else "", turns[-1].content, turns=turns)
     pairs = [(question, answer) for question, answer in history(row.fields, columns)]
     return Example(row.file, row.line, index, row.fields[columns.prompt], row.fields[columns.response], pairs)
 

@@ -5,11 +5,13 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from entrypoints.dataset.checking import check
-from entrypoints.dataset.reading import Columns, Example, read_rows
+from entrypoints.dataset.reading import Columns, Example, require_columns, stream_rows
 from entrypoints.dataset.splitting import DevSet, split, write_split
+from entrypoints.prompt import TEMPLATES
 from entrypoints.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -37,8 +39,13 @@ def _add_check(actions: argparse._SubParsersAction) -> None:
     parser.add_argument("--prompt-column", default=defaults.prompt, help="field with the prompt")
     parser.add_argument("--response-column", default=defaults.response, help="field with the wanted answer")
     parser.add_argument("--history-column", help="field with earlier turns, [[question, answer], ...]")
+    parser.add_argument(
+        "--conversations-column", help="in place of the three: field of messages, with tools, as the API takes them"
+    )
     parser.add_argument("--encoding", default="utf-8", help="of the file; gb18030 reads GBK files")
     parser.add_argument("--model", type=Path, metavar="DIR", help="count this model's tokens; overrides MODEL_PATH")
+    parser.add_argument("--template", choices=TEMPLATES, help="prompt format to teach; the model's if not given")
+    parser.add_argument("--source-prefix", help="text in front of each question; the model's if not given")
     parser.add_argument("--max-source-length", type=_positive, default=512, help="limit of a prompt, in tokens")
     parser.add_argument("--max-target-length", type=_positive, default=512, help="limit of a response, in tokens")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -70,14 +77,14 @@ def _action(actions: argparse._SubParsersAction, name: str, text: str) -> argpar
 
 
 def _check(args: argparse.Namespace, settings: Settings) -> str:
-    columns = Columns(args.prompt_column, args.response_column, args.history_column)
-    rows = read_rows(args.file, args.encoding)
+    columns = Columns(args.prompt_column, args.response_column, args.history_column, args.conversations_column)
+    require_columns(args.file, args.encoding, columns)
     model = args.model or (Path(settings.model_path) if settings.model_path else None)
-    logger.info(
-        "read %d rows of %s; lengths in %s", len(rows), args.file, f"tokens of {model}" if model else "characters"
-    )
-    counter = _token_counter(model) if model else None
+    counter = _token_counter(model, args) if model else None
+    rows = stream_rows(args.file, args.encoding)
     report = check(rows, columns, counter, args.max_source_length, args.max_target_length)
+    unit = f"tokens of {model}" if model else "characters"
+    logger.info("read %d rows of %s; lengths in %s", report.rows, args.file, unit)
     return _as_json(report.as_dict()) if args.json else report.as_text()
 
 
@@ -92,18 +99,26 @@ def _split(args: argparse.Namespace) -> str:
     return f"{train}: {len(done.train)} rows\n{dev}: {len(done.dev)} rows"
 
 
-def _token_counter(model: Path) -> Callable[[Example], tuple[int, int]]:
-    """Lengths of prompt (frame and history included) and response in a model's tokens, as training counts them."""
+def _token_counter(model: Path, args: argparse.Namespace) -> Callable[[Example], tuple[int, int]]:
+    """Lengths of prompt (frame and history included) and response in a model's tokens, as training counts them.
+
+    The counter raises UserError for a row that training skips, since the limits do not hold its frame.
+    """
     from entrypoints.checkpoint.native import read_prompt_format
     from entrypoints.checkpoint.tokenizer import load_tokenizer
 
-    tokenizer, prompt_format = load_tokenizer(model), read_prompt_format(model)
+    given = {"template": args.template, "source_prefix": args.source_prefix}
+    given = {name: value for name, value in given.items() if value is not None}
+    tokenizer, prompt_format = load_tokenizer(model), replace(read_prompt_format(model), **given)
 
     def count(example: Example) -> tuple[int, int]:
         turns = example.messages()
         whole = prompt_format.encode_for_training(turns, tokenizer, sys.maxsize, sys.maxsize)
         prompt = len(prompt_format.encode(turns[:-1], tokenizer))
-        return prompt, len(whole.ids) - prompt - 1
+        answer = len(whole.ids) - prompt - 1
+        if prompt > args.max_source_length or answer > args.max_target_length:
+            prompt_format.encode_for_training(turns, tokenizer, args.max_source_length, args.max_target_length)
+        return prompt, answer
 
     return count
 

@@ -15,6 +15,7 @@ FLOORS = (  # top to bottom; an import goes down
     ("engines",),
     ("checkpoint",),
     ("dataset", "scoring"),
+    ("openai_turns",),
     ("prompt", "answer", "sampling"),
     ("settings", "errors", "logs"),
 )

@@ -1,10 +1,11 @@
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from entrypoints.dataset.checking import check
-from entrypoints.dataset.reading import Columns, parse_rows
+from entrypoints.dataset.reading import Columns, Row, parse_rows
 from entrypoints.errors import UserError
 
 
@@ -107,6 +108,29 @@ def test_long_lists_of_duplicates_are_cut_to_ten_by_ten():
 def test_the_report_survives_json():
     report = report_of(("裙", "美"), ("裙", ""))
     assert json.loads(json.dumps(report.as_dict())) == report.as_dict()
+
+
+def test_rows_are_looked_at_one_by_one_and_their_texts_are_not_kept():
+    """64 MB of rows, of which a few are in memory at a time."""
+    rows = (Row(Path("t.json"), n, {"content": f"{n}" + "x" * 500_000, "summary": "y" * 500_000}) for n in range(64))
+    tracemalloc.start()
+    report = check(rows, Columns(), None, 9, 9)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (report.rows, report.cut_prompts.count) == (64, 64)
+    assert most < 16 << 20
+
+
+def test_a_row_that_the_encoder_refuses_is_skipped_with_its_reason():
+    def encode(example):
+        if example.prompt == "long":
+            raise UserError("does not fit", "raise the limit")
+        return 1, 1
+
+    report = report_of(("a", "b"), ("long", "b"), ("c", "d"), encode=encode)
+    assert (report.used, report.as_dict()["skipped"]) == (2, {"does not fit": {"count": 1, "lines": [2]}})
+    with pytest.raises(UserError, match=r"no usable row in train\.json: 1 does not fit"):
+        report_of(("long", "b"), encode=encode)
 
 
 def test_a_file_without_usable_rows_is_refused():

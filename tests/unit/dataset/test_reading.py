@@ -298,3 +298,34 @@ def test_rows_of_two_files_keep_the_index_in_their_own_file(tmp_path):
 def test_no_rows_at_all_are_refused():
     with pytest.raises(UserError, match="there are no rows"):
         examples([], Columns())
+
+
+CALL = {"function": {"name": "f", "arguments": "{}"}}
+QUESTION = {"role": "user", "content": "u"}
+
+
+@pytest.mark.parametrize(
+    ("more", "answer", "reason"),
+    [
+        ({"tools": '[{"name": "f"}]'}, {"content": "a"}, "'tools' is not a list of tools"),
+        ({"tools": [{"function": {}}]}, {"content": "a"}, "tools.0 has no name"),
+        (
+            {"tools": [{"name": "\ud83d"}]},
+            {"content": "a"},
+            "the conversation holds half a character (a lone surrogate)",
+        ),
+        ({}, {"content": "a", "tool_calls": [CALL]}, "the last answer is more than one turn: one text or one call"),
+        (
+            {},
+            {"content": None, "tool_calls": [CALL, CALL]},
+            "the last answer is more than one turn: one text or one call",
+        ),
+        ({}, {"content": None, "tool_calls": [{}]}, "messages.1.tool_calls.0 is no call of a function"),
+    ],
+)
+def test_a_conversation_with_malformed_tools_is_skipped_with_its_reason(more, answer, reason, tmp_path):
+    """F7."""
+    good = {"talk": [QUESTION, {"role": "assistant", "content": "a"}], "tools": None}
+    bad = {"talk": [QUESTION, {"role": "assistant", **answer}], **more}
+    used, skipped = examples(rows_of(tmp_path, good, bad), Columns(conversations="talk"))
+    assert (len(used), [row.reason for row in skipped]) == (1, [reason])

@@ -122,6 +122,41 @@ def test_other_columns_and_history_can_be_named(tmp_path, capsys):
     assert (report["prompt_length"]["max"], report["response_length"]["max"]) == (6, 2)
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+TALK = [
+    {"role": "system", "content": "查"},
+    {"role": "user", "content": "北京"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+    {"role": "tool", "content": "31度"},
+    {"role": "assistant", "content": "好"},
+]
+
+
+def test_conversations_with_tools_are_checked_in_their_own_column(tmp_path, capsys):
+    """F7: what training would skip is skipped here, and a question is all that stands in front of the answer."""
+    rows = [{"talk": TALK}, {"talk": TALK}, {"talk": [*TALK[:3], {"role": "tool", "content": "5度"}, TALK[4]]}]
+    rows += [{"talk": [*TALK[:4], {"role": "assistant", "content": "冷"}]}, {"talk": [{"role": "x", "content": "y"}]}]
+    report = checked(capsys, file_of(tmp_path, *rows), "--conversations-column", "talk")
+    assert report["skipped"] == {"turn 0 has role 'x'": {"count": 1, "lines": [5]}}
+    assert (report["used"], report["duplicates"]["lines"], report["conflicts"]["lines"]) == (4, [[1, 2]], [[1, 2, 4]])
+    call = "```python\ntool_call()\n```"
+    assert report["prompt_length"]["max"] == len(f"查北京{call}31度")
+    assert "no column 'turns'" in refused(capsys, "check", file_of(tmp_path, *rows), "--conversations-column", "turns")
+
+
+def test_with_a_model_tools_count_and_rows_that_the_limits_cannot_hold_are_skipped(tmp_path, capsys, toy_native):
+    """As training skips them; the text of the tools is longer than the limit."""
+    words = ("--conversations-column", "talk", "--model", str(toy_native), "--max-source-length", "60")
+    path = file_of(tmp_path, {"talk": TALK}, {"talk": TALK, "tools": [TOOL] * 9}, {"talk": [*TALK[1:2], TALK[4]]})
+    report = checked(capsys, path, *words)
+    assert report["skipped"] == {"max_source_length 60 does not hold the prompt's frame": {"count": 1, "lines": [2]}}
+    assert (report["used"], report["unit"], report["cut_prompts"]["count"]) == (2, "tokens", 0)
+    longer = checked(capsys, path, *words, "--source-prefix", "请回答")
+    assert longer["prompt_length"]["max"] > report["prompt_length"]["max"]
+    plain = checked(capsys, path, *words, "--template", "round")
+    assert plain["skipped"] == {"the template `round` has no system turn": {"count": 2, "lines": [1, 2]}}
+
+
 def test_limits_are_512_unless_given(tmp_path, capsys):
     path = file_of(tmp_path, {"content": "裙" * 513, "summary": "美" * 512})
     report = checked(capsys, path)
@@ -133,7 +168,9 @@ def test_limits_are_512_unless_given(tmp_path, capsys):
 
 def test_a_model_counts_its_tokens_and_the_flag_beats_the_variable(tmp_path, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(data, "_token_counter", lambda model: asked.append(str(model)) or (lambda example: (7, 9)))
+    monkeypatch.setattr(
+        data, "_token_counter", lambda model, args: asked.append(str(model)) or (lambda example: (7, 9))
+    )
     path = file_of(tmp_path, ROW)
     report = checked(capsys, path, "--model", "models/mine")
     assert (report["unit"], report["prompt_length"]["max"], report["response_length"]["max"]) == ("tokens", 7, 9)
