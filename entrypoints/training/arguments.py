@@ -16,6 +16,14 @@ LORA_TARGETS = {
     "attention": ("q_proj", "k_proj", "v_proj"),
     "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
 }
+LORA = ("lora_rank", "lora_alpha", "lora_target")
+SHAPING = {  # fields that decide what the method trains
+    "full": (),
+    "freeze": ("freeze_layers",),
+    "lora": LORA,
+    "qlora": LORA,
+    "ptuning": ("prefix_length", "prefix_projection"),
+}
 PRESETS = ("zero2", "zero3", "zero2-offload", "zero3-offload")  # of --deepspeed
 PRE_SEQ_LEN = 128  # the tutorial's
 COUNTS = (
@@ -93,15 +101,15 @@ class TrainArguments:
     def __post_init__(self) -> None:
         low = [name for name in COUNTS if getattr(self, name) < 1]
         low += [name for name in OPTIONAL_COUNTS if getattr(self, name) is not None and getattr(self, name) < 1]
-        problems = [f"{_flag(name)} {getattr(self, name)} is below 1" for name in low]
+        problems = [f"{as_flag(name)} {getattr(self, name)} is below 1" for name in low]
         problems += [
-            f"{_flag(name)} {value} is not above 0"
+            f"{as_flag(name)} {value} is not above 0"
             for name in ("num_train_epochs", "learning_rate")
             if (value := getattr(self, name)) is not None and value <= 0
         ]
         for name in ("lora_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
-                problems.append(f"{_flag(name)} {getattr(self, name)} is not from 0 to below 1")
+                problems.append(f"{as_flag(name)} {getattr(self, name)} is not from 0 to below 1")
         if self.fp16 and self.bf16:
             problems.append("--fp16 and --bf16 exclude each other")
         if self.num_gpus and self.num_processes:
@@ -140,10 +148,17 @@ class TrainArguments:
         return self.quantization_bit or (4 if self.method == "qlora" else None)
 
     @property
+    def shape_of_learnt(self) -> dict:
+        """The flags, with their values, that decide what the method trains: what a resumed run cannot change."""
+        named = {"prefix_length": "pre_seq_len"}
+        return {named.get(name, name): getattr(self, name) for name in SHAPING[self.method]}
+
+    @property
     def makes_adapter(self) -> bool:
         """Is the result an adapter rather than a whole model?"""
         return self.method in ADAPTER_METHODS
 
 
-def _flag(name: str) -> str:
+def as_flag(name: str) -> str:
+    """A field as the command line has it."""
     return f"--{name.replace('_', '-')}"

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import pyarrow
 import torch
 from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from entrypoints.checkpoint.tokenizer import Tokenizer
-from entrypoints.dataset.reading import Example
+from entrypoints.dataset.reading import Example, Skipped
+from entrypoints.errors import UserError
 from entrypoints.prompt import IGNORED, Message, PromptFormat
 from entrypoints.training import packing
 
@@ -55,33 +55,60 @@ class RowEncoder:
             "target_cut": encoded.target_cut,
         }
 
+    def row_or_reason(self, row: dict) -> dict | str:
+        """The encoded row, or why it cannot be: a reason, unlike an error, leaves the other rows of a worker alone."""
+        try:
+            return self(row)
+        except UserError as error:
+            return error.problem
 
-def encode_rows(examples: Iterable[Example], encoder: RowEncoder, file: Path, workers: int = 1) -> datasets.Dataset:
+    def check_limits(self) -> None:
+        """Raise UserError when the limits do not hold the frame of a plain question and answer."""
+        self({"history": [], "prompt": "", "response": ""})
+
+
+def encode_rows(
+    examples: Iterable[Example],
+    encoder: RowEncoder,
+    file: Path,
+    skip: Callable[[Skipped], None],
+    workers: int = 1,
+) -> None:
     """Encode all rows into a file, in order, and log how many were cut; only a block of them is in memory at a time.
 
-    Raises UserError when the limits do not hold the prompt's frame.
+    skip: is told of each row that alone does not fit the limits. Raises UserError when no plain row could.
     """
-    examples = iter(examples)
-    first = next(examples)
-    encoder(_fields(first))  # limits that hold no frame fail here, before worker processes start
+    encoder.check_limits()  # here, before worker processes start
     counts = Counter()
     bar = tqdm(desc="rows", unit="row", disable=None)
     with _mapper(workers) as mapped, pyarrow.OSFile(str(file), "wb") as sink, bar:
         writer = pyarrow.ipc.new_stream(sink, SCHEMA)
-        for block in _blocks(itertools.chain([first], examples)):
-            rows = mapped(encoder, block)
+        for block in _blocks(iter(examples)):
+            bar.update(len(block))
+            rows = _usable(block, mapped(encoder.row_or_reason, [_fields(row) for row in block]), skip)
+            if not rows:
+                continue
             writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, SCHEMA))
-            bar.update(len(rows))
             counts.update({name: sum(row[name] for row in rows) for name in ("length", "source_cut", "target_cut")})
             counts["rows"] += len(rows)
             counts["longest"] = max(counts["longest"], *(row["length"] for row in rows))
         writer.close()
-    average = counts["length"] / counts["rows"]
+    _log(counts)
+
+
+def _usable(block: list[Example], encoded: list[dict | str], skip: Callable[[Skipped], None]) -> list[dict]:
+    for example, found in zip(block, encoded, strict=True):
+        if isinstance(found, str):
+            skip(Skipped(example.file, example.line, found))
+    return [found for found in encoded if not isinstance(found, str)]
+
+
+def _log(counts: Counter) -> None:
+    average = counts["length"] / max(counts["rows"], 1)
     logger.info(
         "%d rows, %.1f tokens on average, %d at most; %d prompts and %d answers cut to the limits",
         counts["rows"], average, counts["longest"], counts["source_cut"], counts["target_cut"],
     )  # fmt: skip
-    return datasets.Dataset.from_file(str(file))
 
 
 @contextlib.contextmanager
@@ -94,8 +121,8 @@ def _mapper(workers: int) -> Iterator[Callable]:
         yield lambda function, block: pool.map(function, block, chunksize=-(-len(block) // workers))
 
 
-def _blocks(examples: Iterator[Example]) -> Iterator[list[dict]]:
-    while block := [_fields(row) for row in itertools.islice(examples, BLOCK)]:
+def _blocks(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    while block := list(itertools.islice(examples, BLOCK)):
         yield block
 
 

@@ -11,7 +11,7 @@ from entrypoints.training.arguments import TrainArguments
 
 def check(arguments: TrainArguments) -> None:
     """Raise UserError for what the user can mend; all of it is looked at again, and more closely, by `prepare`."""
-    zero.configuration(arguments.deepspeed)
+    zero.configuration(arguments.deepspeed, arguments)
     _check_model(arguments)
     check_output(arguments)
     check_files(arguments)
@@ -47,6 +47,15 @@ def _check_model(arguments: TrainArguments) -> None:
     config = folder / "config.json"
     if config.is_file():
         try:
-            Shape.from_native(json.loads(config.read_text(encoding="utf-8")), config)
+            shape = Shape.from_native(json.loads(config.read_text(encoding="utf-8")), config)
         except ValueError:  # damaged: `open_native` says how
             return
+        check_layers(arguments, shape)
+
+
+def check_layers(arguments: TrainArguments, shape: Shape) -> None:
+    """The model has as many layers as are to be trained."""
+    if arguments.method == "freeze" and arguments.freeze_layers > shape.layers:
+        raise UserError(
+            f"--freeze-layers {arguments.freeze_layers}: the model has {shape.layers} layers", "train fewer of them"
+        )

@@ -16,7 +16,7 @@ from entrypoints.checkpoint.files import written_beside
 from entrypoints.checkpoint.layout import tensors
 from entrypoints.checkpoint.manifest import MANIFEST_FILE, read_manifest, refuse_other_base, write_manifest
 from entrypoints.checkpoint.native import NativeCheckpoint, open_native
-from entrypoints.checkpoint.original import StoredTensor, TensorFiles
+from entrypoints.checkpoint.original import StoredTensor, TensorFiles, open_tensors
 from entrypoints.engines.transformers_engine import TransformersEngine
 from entrypoints.errors import UserError
 from entrypoints.prompt import Message
@@ -31,7 +31,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 def export(source: Path, target: Path, base: Path | None = None, dtype: str = "auto", overwrite: bool = False) -> None:
     """Write `source`, a checkpoint, a result or a LoRA of `glm train`, as a plain native folder at `target`.
 
-    base: whom a LoRA is merged into; it also lends what a folder of ZeRO shards alone lacks. dtype: `auto` writes
+    base: whom a LoRA is merged into; it also lends what weights or ZeRO shards alone lack. dtype: `auto` writes
     float32 as bfloat16 and everything else as it is, a LoRA as its base.
     Raises UserError naming what is missing, and when the merged model does not answer as base and LoRA do.
     """
@@ -51,18 +51,19 @@ def _whole(source: Path, base: Path | None) -> tuple[NativeCheckpoint, TensorFil
     """A whole model's settings and tensors: from its own files, or gathered from ZeRO's."""
     if not source.is_dir():
         raise UserError(f"{source} is no folder", "name a checkpoint-N, or the result of glm train")
-    if any(source.glob("model*.safetensors")):
+    whole = any(source.glob("model*.safetensors"))
+    if whole and (base is None or (source / "config.json").is_file()):
         checkpoint = open_native(source)
         return checkpoint, checkpoint.files
-    if not (source / "latest").is_file():
+    if not whole and not (source / "latest").is_file():
         raise UserError(f"{source} holds neither model*.safetensors nor ZeRO shards", "name a checkpoint-N")
     if base is None:
         raise UserError(f"{source} holds ZeRO shards alone", "name the base model for its settings: --base DIR")
     lender = open_native(base)
     own = native.read_prompt_format(source) if (source / native.PROMPT_FILE).is_file() else lender.prompt_format
-    gathered = _gathered(source)
-    gathered.check({name: size for entry in tensors(lender.shape) for name, size in entry.native_shapes().items()})
-    return replace(lender, prompt_format=own), gathered
+    stored = open_tensors(source) if whole else _gathered(source)
+    stored.check({name: size for entry in tensors(lender.shape) for name, size in entry.native_shapes().items()})
+    return replace(lender, prompt_format=own), stored
 
 
 class _InMemory(TensorFiles):

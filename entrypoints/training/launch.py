@@ -12,10 +12,12 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from entrypoints.engines.machine import available_cpus
 from entrypoints.errors import UserError
@@ -90,6 +92,11 @@ def layout(arguments: TrainArguments, env: Mapping[str, str], gpus: int) -> Layo
         )
     per_node = arguments.num_gpus or arguments.num_processes or 1
     nodes, node_rank = _number(env, NODES, 1), _number(env, NODE_RANK, 0)
+    if node_rank and not any(env.get(name) for name in NODES):  # 0 may be all there is: a Job of one pod has an index
+        raise UserError(
+            f"this machine's number is {node_rank}, and nothing says of how many",
+            f"set {NODES[0]} to how many train together, or to 1 where each trains alone, into a folder of its own",
+        )
     if nodes == 1:
         return Layout(per_node, port=_free_port())
     address = env.get("MASTER_ADDR", "")
@@ -98,6 +105,12 @@ def layout(arguments: TrainArguments, env: Mapping[str, str], gpus: int) -> Layo
     if not 0 <= node_rank < nodes:
         raise UserError(f"this machine's number is {node_rank}, of {nodes}", f"set {NODE_RANK[0]} from 0 up")
     return Layout(per_node, nodes, node_rank, address, env.get("MASTER_PORT", MASTER_PORT))
+
+
+def joined(env: Mapping[str, str]) -> Layout:
+    """The run that a launcher made this process part of: how many there are, not where they meet."""
+    per_node = beside(env)
+    return Layout(per_node, max(1, int(env.get("WORLD_SIZE") or "1") // per_node))
 
 
 def start(layout: Layout, words: Sequence[str]) -> None:
@@ -141,6 +154,16 @@ def end_with_launcher() -> None:
     """Get SIGTERM, which saves and ends, when the launcher is killed and cannot pass one on."""
     if prctl := getattr(ctypes.CDLL(None), "prctl", None):  # Linux alone has it
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def leave() -> NoReturn:
+    """End this process, whose work is done, at once.
+
+    Seen now and then with zero3-offload: while the interpreter ends, a thread of DeepSpeed's aborts the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def is_loss(error: RuntimeError) -> bool:

@@ -32,8 +32,10 @@ class GlmTrainer(Trainer):
         self.output = arguments.output_dir
         self.keep = arguments.save_total_limit
         self.broken = BrokenSteps(arguments.max_broken_steps)
+        self._losses: list[float] = []  # of the step's batches so far
         self.made_with = {
             "method": arguments.method,
+            **arguments.shape_of_learnt,
             "processes": self.args.world_size,
             "zero_stage": self._zero_stage(),
         }
@@ -55,10 +57,13 @@ class GlmTrainer(Trainer):
                 shutil.rmtree(partial.parent)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """As the Trainer's, and it ends the run after too many steps that taught nothing."""
+        """As the Trainer's, of one batch; it ends the run after too many steps that taught nothing."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        skipped = self.state.global_step > 0 and self.accelerator.optimizer_step_was_skipped
-        self.broken.note(loss.item(), skipped, self.state.global_step + 1)
+        self._losses.append(loss.item())
+        if self.accelerator.sync_gradients:  # the last batch of a step
+            skipped = self.state.global_step > 0 and self.accelerator.optimizer_step_was_skipped
+            self.broken.note(sum(self._losses), skipped, self.state.global_step + 1)
+            self._losses.clear()
         return loss
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -86,6 +91,7 @@ class GlmTrainer(Trainer):
             if self.args.should_save:
                 self.finishing.complete(partial, self._dtype or torch.float32)
                 checkpoints.publish(partial, self.output / partial.name, self.made_with)
+                logger.info("%s is whole: --resume auto goes on from it", self.output / partial.name)
                 checkpoints.rotate(self.output, self.keep)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

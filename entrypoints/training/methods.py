@@ -14,7 +14,6 @@ from entrypoints.checkpoint.layout import Shape
 from entrypoints.checkpoint.native import write_json
 from entrypoints.checkpoint.prefix_encoder import encoder_shapes, finished_prefix
 from entrypoints.engines.placement import in_fewer_bits
-from entrypoints.errors import UserError
 from entrypoints.training.arguments import LORA_TARGETS, TrainArguments
 from entrypoints.training.labelled import LabelledGlm
 from entrypoints.training.prefix import ENCODER, PrefixLearner
@@ -98,11 +97,8 @@ def _quantisation(arguments: TrainArguments, compute: torch.dtype) -> dict:
 
 
 def _last_layers(model: GlmForCausalLM, count: int, dtype: torch.dtype) -> GlmForCausalLM:
-    layers = model.model.layers
-    if count > len(layers):
-        raise UserError(f"--freeze-layers {count}: the model has {len(layers)} layers", "train fewer of them")
     model.requires_grad_(False)
-    for layer in layers[-count:]:
+    for layer in model.model.layers[-count:]:
         layer.to(dtype).requires_grad_(True)
     return model
 

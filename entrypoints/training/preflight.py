@@ -5,17 +5,19 @@ Activations count what autograd keeps of each operation of the model; the fused 
 """
 
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from entrypoints.checkpoint.layout import Shape
 from entrypoints.checkpoint.native import open_native
+from entrypoints.engines.machine import available_memory
 from entrypoints.engines.placement import weight_bytes
 from entrypoints.errors import UserError
-from entrypoints.training import methods, zero
-from entrypoints.training.arguments import TrainArguments
+from entrypoints.training import launch, methods, zero
+from entrypoints.training.arguments import PRESETS, TrainArguments, as_flag
 from entrypoints.training.launch import Layout
 from entrypoints.training.preparation import compute_dtype, precision
 
@@ -24,28 +26,43 @@ PROCESS = 3.0e9  # bytes of host memory of a process with torch in it
 ADAM = 8  # bytes of state for each number that learns: two moments in float32
 COPY = 4  # DeepSpeed's own float32 of it
 FOUR_BIT = 0.516  # bytes of a number in nf4 with its doubly quantised scales
+USUAL = {field.name: field.default for field in fields(TrainArguments)}
 SHARED_MEMORY = 64 << 20  # what a container gets if nobody asks for more; NCCL needs more with several processes
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes: of one GPU, but for `host`, which is of one machine."""
+    """Bytes: of one process, on its GPU if it has one; what is offloaded, of one machine's host memory."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    host: float
+    loaded: float  # the model as it is read, in host memory until a GPU has it
+    offloaded: float  # of all processes of the machine
+    per_node: int
 
     @property
     def states(self) -> float:
-        """What a GPU holds whatever the batch."""
+        """What a process holds whatever the batch."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> float:
         """Of one GPU."""
         return self.states + self.activations + CONTEXT
+
+    @property
+    def host(self) -> float:
+        """Of one machine whose processes have GPUs."""
+        return self.per_node * (PROCESS + self.loaded) + self.offloaded
+
+    def host_memory(self, gpu: float | None) -> float:
+        """Of one machine; without a GPU all lies there: the model as it is read, then what a run makes of it."""
+        if gpu is not None:
+            return self.host
+        running = self.offloaded + self.per_node * (self.states + self.activations)
+        return self.per_node * PROCESS + max(self.per_node * self.loaded, running)
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,7 @@ class Plan:
 
     def need(self) -> Need:
         """What it takes."""
-        arguments, config = self.arguments, zero.configuration(self.arguments.deepspeed)
+        arguments, config = self.arguments, zero.read(self.arguments.deepspeed)
         total = weight_bytes(self.shape, 1)
         learning, width = methods.trainable(arguments, self.shape, total), self.compute.itemsize
         gradients, optimizer = 4 * learning, ADAM * learning
@@ -73,14 +90,15 @@ class Plan:
         stage = zero.stage(config)
         shares = [self.processes if stage >= least else 1 for least in (3, 2, 1)]
         weights, gradients, optimizer = weights / shares[0], gradients / shares[1], optimizer / shares[2]
-        host = self.per_node * (PROCESS + self._loaded(total, learning))
+        offloaded = 0
         if zero.offloads(config, "optimizer"):
-            host += self.per_node * (optimizer + 4 * learning / shares[1])
+            offloaded += self.per_node * (optimizer + 4 * learning / shares[1])
             gradients = optimizer = 0
         if zero.offloads(config, "param"):
-            host += self.per_node * weights
+            offloaded += self.per_node * weights
             weights = 2 * width * (total - 2 * self.shape.vocabulary * self.shape.hidden) / self.shape.layers
-        return Need(weights, gradients, optimizer, self._activations(), host)
+        loaded = self._loaded(total, learning)
+        return Need(weights, gradients, optimizer, self._activations(), loaded, offloaded, self.per_node)
 
     def _loaded(self, total: int, learning: int) -> float:
         width, bits = self.compute.itemsize, self.arguments.base_bits
@@ -131,27 +149,38 @@ def layer_bytes(shape: Shape, width: int, arguments: TrainArguments) -> float:
     return norms + attention + mlp
 
 
-def candidates(plan: Plan) -> list[tuple[str, Plan]]:
-    """The run as it is told, then what a user could change, least change first; each with the flags that say so."""
+def candidates(plan: Plan, gpu: float | None) -> list[tuple[str, Plan]]:
+    """The run as it is told, then what a user could change, least change first; each with the flags that say so.
+
+    Without a GPU (`gpu` is None) nothing is gained by offloading, and there is no qlora.
+    """
     arguments = plan.arguments
-    found = [("as told", plan)]
-
-    def add(words: str, **changes) -> None:
-        found.append((words, replace(plan, arguments=replace(arguments, **changes))))
-
-    if arguments.method != "ptuning" and not arguments.gradient_checkpointing:
-        add("--gradient-checkpointing", gradient_checkpointing=True)
-    checkpointing = {"gradient_checkpointing": arguments.method != "ptuning"}
+    checkpointing = {"gradient_checkpointing": True} if arguments.method != "ptuning" else {}
+    changes = [checkpointing]
     if arguments.per_device_train_batch_size > 1:
-        add("--per-device-train-batch-size 1 --gradient-checkpointing", per_device_train_batch_size=1, **checkpointing)
+        changes.append({"per_device_train_batch_size": 1, **checkpointing})
     if not arguments.base_bits:
-        for preset in ("zero2", "zero3", "zero2-offload", "zero3-offload"):
-            if preset != arguments.deepspeed and (plan.processes > 1 or "offload" in preset):
-                add(f"--deepspeed {preset} --gradient-checkpointing", deepspeed=preset, **checkpointing)
+        moving = [preset for preset in PRESETS if gpu is not None or "offload" not in preset]
+        helping = [preset for preset in moving if plan.processes > 1 or "offload" in preset]
+        changes += [{"deepspeed": preset, **checkpointing} for preset in helping if preset != arguments.deepspeed]
     if not arguments.makes_adapter:
-        add("--method lora", method="lora", deepspeed=None)
-        add("--method qlora --gradient-checkpointing", method="qlora", deepspeed=None, gradient_checkpointing=True)
-    return found
+        changes.append({"method": "lora", "freeze_layers": USUAL["freeze_layers"]})
+        if gpu is not None:
+            changes.append({**changes[-1], "method": "qlora", **checkpointing, "deepspeed": None})
+    found = {"as told": plan}
+    for change in changes:
+        differs = {name: value for name, value in change.items() if getattr(arguments, name) != value}
+        if differs:
+            found[_words(differs)] = replace(plan, arguments=replace(arguments, **differs))
+    return list(found.items())
+
+
+def _words(changes: dict) -> str:
+    """Flags to add, and those to leave out, that make these changes."""
+    added = {name: value for name, value in changes.items() if value != USUAL[name]}
+    words = " ".join(as_flag(name) if value is True else f"{as_flag(name)} {value}" for name, value in added.items())
+    left_out = [as_flag(name) for name in changes if name not in added]
+    return f"{words} without {' and '.join(left_out)}" if left_out else words
 
 
 def table(plan: Plan, gpu: float | None, host: float) -> str:
@@ -161,35 +190,59 @@ def table(plan: Plan, gpu: float | None, host: float) -> str:
     """
     head = ("", "weights", "gradients", "optimizer", "activations", "GPU", "host", "fits")
     lines = [head]
-    for words, candidate in candidates(plan):
+    for words, candidate in candidates(plan, gpu):
         need = candidate.need()
-        parts = (need.weights, need.gradients, need.optimizer, need.activations, need.total, need.host)
-        lines.append((words, *(f"{part / 1e9:.1f}" for part in parts), "yes" if fits(need, gpu, host) else "no"))
+        parts = [f"{part / 1e9:.1f}" for part in (need.weights, need.gradients, need.optimizer, need.activations)]
+        parts += ["-" if gpu is None else f"{need.total / 1e9:.1f}", f"{need.host_memory(gpu) / 1e9:.1f}"]
+        lines.append((words, *parts, "yes" if fits(need, gpu, host) else "no"))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     rows = ("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
     beside = f"{gpu / 1e9:.1f} GB free on each GPU" if gpu is not None else "no GPU: all of it is host memory"
     return "\n".join([f"GB for each of {plan.processes} processes; {beside}, {host / 1e9:.1f} GB on the host", *rows])
 
 
-def fits(need: Need, gpu: float | None, host: float, states_alone: bool = False) -> bool:
-    """Is there room? With `states_alone` only what needs no estimate counts."""
-    on_gpu = need.states if states_alone else need.total
-    if gpu is None:
-        return on_gpu + PROCESS <= host
-    return on_gpu <= gpu and (states_alone or need.host <= host)
+def fits(need: Need, gpu: float | None, host: float) -> bool:
+    """Is there room, on each GPU and on the host?"""
+    return (gpu is None or need.total <= gpu) and need.host_memory(gpu) <= host
 
 
 def refuse_hopeless(plan: Plan, gpu: float | None, host: float) -> None:
-    """Raise UserError when not even the states fit, naming the smallest change that fits."""
+    """Raise UserError when not even the states fit, which need no estimate, naming where and what would fit."""
     need = plan.need()
-    if fits(need, gpu, host, states_alone=True):
-        return
-    helps = next((words for words, candidate in candidates(plan)[1:] if fits(candidate.need(), gpu, host)), None)
-    room = host if gpu is None else gpu
-    raise UserError(
-        f"weights, gradients and optimizer need {need.states / 1e9:.1f} GB, {room / 1e9:.1f} GB are free",
-        f"{helps} would fit; --dry-run shows the table" if helps else "use more or larger GPUs; --dry-run shows why",
-    )
+    sides = [("each GPU", need.states, gpu), ("the host", need.offloaded, host)]
+    if gpu is None:
+        sides = [("the host", need.per_node * need.states + need.offloaded, host)]
+    for place, needed, room in sides:
+        if needed > room:
+            others = candidates(plan, gpu)[1:]
+            helps = next((words for words, candidate in others if fits(candidate.need(), gpu, host)), None)
+            more = "use a machine with more memory" if place == "the host" else "use more or larger GPUs"
+            raise UserError(
+                f"weights, gradients and optimizer need {needed / 1e9:.1f} GB of {place}, {room / 1e9:.1f} GB are free",
+                f"{helps} would fit; --dry-run shows the table" if helps else f"{more}; --dry-run shows why",
+            )
+
+
+def check(arguments: TrainArguments, layout: Layout, gpus: int | None = None) -> Need:
+    """What the run needs of this machine, of whose GPUs the first `gpus` are looked at (None: those it takes).
+
+    Raises UserError for what cannot work here: shared memory or memory that is too small.
+    """
+    refuse_small_shared_memory(layout.per_node)
+    taken = min(layout.per_node, usable_gpus(arguments))
+    gpu = free_of_each_gpu(taken if gpus is None else min(gpus, taken))
+    judged = plan(arguments, layout)
+    refuse_hopeless(judged, gpu, available_memory())
+    return judged.need()
+
+
+def check_joined(arguments: TrainArguments, env: Mapping[str, str]) -> None:
+    """`check` in a process that a launcher started: the first of each machine, before the others can go on.
+
+    It looks at its own GPU alone: to look at one takes some of its memory for good.
+    """
+    if env["LOCAL_RANK"] == "0":
+        check(arguments, launch.joined(env), gpus=1)
 
 
 def refuse_small_shared_memory(per_node: int, folder: Path = Path("/dev/shm")) -> None:

@@ -11,12 +11,13 @@ import torch
 from datasets import Dataset
 
 from entrypoints.checkpoint.files import require_space
+from entrypoints.checkpoint.manifest import refuse_other_base
 from entrypoints.checkpoint.native import NativeCheckpoint, open_native
 from entrypoints.engines.driver import check_driver
 from entrypoints.errors import UserError
 from entrypoints.prompt import PromptFormat
 from entrypoints.training import checkpoints, early, rows, zero
-from entrypoints.training.arguments import TrainArguments
+from entrypoints.training.arguments import TrainArguments, as_flag
 from entrypoints.training.batches import RowEncoder
 from entrypoints.training.checkpoints import Checkpoint
 from entrypoints.training.launch import is_main
@@ -45,10 +46,11 @@ def prepare(arguments: TrainArguments, processes: int = 1) -> Prepared:
     processes: of the whole run. Raises UserError for whatever the user can mend.
     """
     computes = precision(arguments)
-    deepspeed = zero.configuration(arguments.deepspeed)
+    deepspeed = zero.configuration(arguments.deepspeed, arguments, computes)
     base = open_native(arguments.model_name_or_path)
     files = list(arguments.train_files)
     early.check_files(arguments)
+    early.check_layers(arguments, base.shape)
     prompt_format = arguments.prompt_format or base.prompt_format
     encoder = RowEncoder(base.tokenizer, prompt_format, arguments.max_source_length, arguments.max_target_length)
     if is_main(os.environ):  # the others come when this one may have written already
@@ -56,7 +58,7 @@ def prepare(arguments: TrainArguments, processes: int = 1) -> Prepared:
     resumed = checkpoints.to_resume(arguments.resume, arguments.output_dir)
     if resumed:
         _check_resumed(resumed, arguments, deepspeed, processes)
-    dataset = rows.encoded(files, arguments, encoder)
+    dataset = rows.encoded(files, arguments, encoder, arguments.max_train_samples)
     _check_window(dataset, base, arguments)
     if arguments.packing:
         longest = arguments.max_source_length + arguments.max_target_length + 1
@@ -131,13 +133,16 @@ def _check_output(arguments: TrainArguments, base: NativeCheckpoint) -> None:
 
 
 def _check_resumed(resumed: Checkpoint, arguments: TrainArguments, deepspeed: dict | None, processes: int) -> None:
-    now = {"method": arguments.method, "zero_stage": zero.stage(deepspeed)}
-    for name, flag in (("method", "--method"), ("zero_stage", "ZeRO stage")):
-        if resumed.made_with[name] != now[name]:
+    now = {"method": arguments.method, **arguments.shape_of_learnt, "zero_stage": zero.stage(deepspeed)}
+    for name, value in now.items():
+        made_with = resumed.made_with.get(name, value)  # not every version wrote all of them
+        if made_with != value:
+            flag = "ZeRO stage" if name == "zero_stage" else as_flag(name)
             raise UserError(
-                f"{resumed.folder} was made with {flag} {resumed.made_with[name]}, not {now[name]}",
+                f"{resumed.folder} was made with {flag} {made_with}, not {value}",
                 "go on as it was made, or start without --resume",
             )
+    refuse_other_base(resumed.folder, arguments.model_name_or_path)
     if deepspeed and resumed.made_with["processes"] != processes:
         zero.divide_anew(deepspeed, resumed.folder)
 

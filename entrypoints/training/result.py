@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from entrypoints.checkpoint import native
-from entrypoints.checkpoint.adapters import CONFIG_FILE, LORA_FILE, PREFIX_FILE
+from entrypoints.checkpoint.adapters import CONFIG_FILE, LORA_FILE, PREFIX_FILE, open_adapter
 from entrypoints.checkpoint.manifest import MANIFEST_FILE, read_manifest, weights_hash, write_manifest
 from entrypoints.checkpoint.native import PROMPT_FILE, TEMPLATE_FILE, NativeCheckpoint
 from entrypoints.prompt import PromptFormat
@@ -57,7 +57,9 @@ class Finishing:
         for file in files:
             file.chmod(0o644)
         write_manifest(folder, self.origin, files)
-        if not self.arguments.makes_adapter:
+        if self.arguments.makes_adapter:
+            open_adapter(folder, self.base.shape)
+        else:
             native.open_native(folder)
 
 

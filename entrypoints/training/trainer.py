@@ -57,6 +57,7 @@ def _run(trainer: GlmTrainer, resumed: Checkpoint | None) -> None:
                 raise LostProcess(error) from error
             raise
         interrupts.raise_if_any()
+        trainer.broken.end()
     if trainer.is_world_process_zero():
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
@@ -110,6 +111,7 @@ def _settings(arguments: TrainArguments, prepared: Prepared) -> dict:
         "ddp_find_unused_parameters": False,
         "deepspeed": prepared.deepspeed,
         "eval_strategy": "epoch" if prepared.validation else "no",
+        "eval_on_start": bool(prepared.validation),  # what fails here would fail after the first epoch
         "label_names": ["labels"],  # the Trainer would look for them in a signature, which a prefix's does not show
         "learning_rate": arguments.rate,
         "max_steps": arguments.max_steps or -1,

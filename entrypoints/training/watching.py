@@ -70,20 +70,31 @@ class BrokenSteps:
     def __init__(self, most: int) -> None:
         self.most = most
         self.losses = self.skips = 0
+        self.last = (0, 1.0)  # step and its loss
 
     def note(self, loss: float, skipped: bool, step: int) -> None:
         """One step: its loss, and whether the optimizer left it out because a gradient overflowed."""
         self.losses = 0 if math.isfinite(loss) and loss != 0 else self.losses + 1
         self.skips = self.skips + 1 if skipped else 0
+        self.last = (step, loss)
         if self.losses >= self.most:
-            cause = "no label is left to learn" if loss == 0 else "the numbers overflowed"
-            raise UserError(f"the loss was {loss} in {self.losses} steps in a row, up to step {step}: {cause}", CURE)
+            raise self._error()
         if self.skips >= self.most * SKIPPED_PER_BROKEN:
             raise UserError(f"{self.skips} steps in a row overflowed, up to step {step}, and taught nothing", CURE)
 
+    def end(self) -> None:
+        """The run is over; raises UserError when its last loss was no number, for then the weights are none either."""
+        if not math.isfinite(self.last[1]):
+            raise self._error()
+
+    def _error(self) -> UserError:
+        step, loss = self.last
+        cause = "no label is left to learn" if loss == 0 else "the numbers overflowed"
+        return UserError(f"the loss was {loss} in {self.losses} steps in a row, up to step {step}: {cause}", CURE)
+
 
 class Progress(TrainerCallback):
-    """A bar on stderr, the numbers as log lines, and an end to a run whose numbers broke."""
+    """A bar on stderr, the numbers as log lines, and an end to a run whose held-out loss is no number."""
 
     bar: tqdm
 
@@ -95,14 +106,13 @@ class Progress(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Log the numbers; raises UserError when a loss is none."""
+        """Log the numbers; raises UserError when the loss of held-out rows is none."""
         shown = ("loss", "eval_loss", "train_loss", "learning_rate")
         numbers = {name: value for name, value in (logs or {}).items() if name in shown}
         if not numbers:
             return
-        for name in ("loss", "eval_loss", "train_loss"):  # train_loss: the mean of all steps, at the end
-            if not math.isfinite(numbers.get(name, 0.0)):
-                raise UserError(f"the {name} at step {state.global_step} is {numbers[name]}", CURE)
+        if not math.isfinite(numbers.get("eval_loss", 0.0)):
+            raise UserError(f"the eval_loss at step {state.global_step} is {numbers['eval_loss']}", CURE)
         with tqdm.external_write_mode():
             logger.info(
                 "step %d: %s", state.global_step, ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())

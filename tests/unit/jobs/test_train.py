@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from entrypoints.jobs import train
 from entrypoints.training.arguments import TrainArguments
 
+FREEZE = ("--method", "freeze", "--freeze-layers", 9)  # the toy has four
 ROW = {"content": "类型#裙", "summary": "好看的裙子。"}
 
 
@@ -210,9 +211,29 @@ class TestOutput:
         for file in old:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("dear")
-        for words in (("--max-source-length", 3), ("--train-file", "/no/such/file"), ("--quantization-bit", 4)):
+        for words in (("--max-source-length", 3), ("--train-file", "/no/such/file"), ("--quantization-bit", 4), FREEZE):
             run("--overwrite-output-dir", *words).mistake()
         assert all(file.read_text() == "dear" for file in old)
         with pytest.raises(Loading):
             run("--overwrite-output-dir")
         assert not any(file.exists() for file in old)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--lora-rank", 16), "--lora-rank belongs to --method lora or qlora, and the method is full"),
+        (("--freeze-layers", 2, "--method", "lora"), "--freeze-layers belongs to --method freeze"),
+        (("--prefix-projection",), "--prefix-projection belongs to --method ptuning"),
+        (("--method", "lora", "--pre-seq-len", 8), "--pre-seq-len belongs to --method ptuning"),
+    ],
+)
+def test_a_flag_of_another_method_is_refused_instead_of_left_unused(words, told, run):
+    assert told in run(*words).mistake()
+
+
+def test_test_rows_that_cannot_be_answered_are_counted(run, rows_file, capsys):
+    file = rows_file(ROW, {"content": "类型#裤", "summary": ""}, name="test.jsonl")
+    with pytest.raises(Loading):
+        run("--test-file", file)
+    assert "test.jsonl: 1 rows to answer, 1 skipped, the first in line 2: empty response" in capsys.readouterr().err

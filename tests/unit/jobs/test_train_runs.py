@@ -189,7 +189,7 @@ def test_an_empty_validation_file_turns_validation_off_with_a_notice(train, tmp_
 def test_a_loss_that_is_no_number_ends_the_run(words, train, tmp_path):
     """G4."""
     told = train("--learning-rate", 1e30, "--max-steps", 3, *words).mistake()
-    assert "loss at step" in told
+    assert "the loss was nan in 2 steps in a row, up to step 3" in told
     assert "lower --learning-rate" in told
     assert not (tmp_path / "out" / "model.safetensors").exists()
 

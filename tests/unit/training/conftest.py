@@ -34,7 +34,14 @@ def tune(toy_native, sample_file) -> Callable[..., Path]:
     """Run in this process: `tune(folder, method="lora")`; further fields win over SHORT_RUN."""
 
     def run(output: Path, **fields) -> Path:
-        return train(TrainArguments(toy_native, sample_file, output, **{**SHORT_RUN, **fields}))
+        told = {
+            "model_name_or_path": toy_native,
+            "train_file": sample_file,
+            "output_dir": output,
+            **SHORT_RUN,
+            **fields,
+        }
+        return train(TrainArguments(**told))
 
     return run
 

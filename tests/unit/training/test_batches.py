@@ -1,14 +1,17 @@
 """Rows to batches. How one row is framed, cut and masked is prompt.py's: tests/unit/test_training_rows.py."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
 from entrypoints.answer import decode
-from entrypoints.dataset.reading import Example
-from entrypoints.prompt import IGNORED, PromptFormat
+from entrypoints.dataset.reading import Example, Skipped
+from entrypoints.errors import UserError
+from entrypoints.prompt import IGNORED, Message, PromptFormat
 from entrypoints.training import batches
 from entrypoints.training.batches import Collator, RowEncoder, encode_rows
 
@@ -24,6 +27,16 @@ def row(prompt, response, history=()):
 
 def example(prompt, response, index=0):
     return Example(Path("rows.jsonl"), index + 1, index, prompt, response)
+
+
+def written(examples, encoder, file, workers=1, skip=pytest.fail):
+    encode_rows(examples, encoder, file, skip, workers)
+    return datasets.Dataset.from_file(str(file))
+
+
+def unread():
+    pytest.fail("a row was read")
+    yield
 
 
 def test_a_far_too_long_row_keeps_its_frame_its_cue_and_its_end(encoder, toy_tokenizer):
@@ -98,7 +111,7 @@ def test_rows_keep_their_order_with_any_number_of_workers(encoder, tmp_path, mon
     """In blocks of 16: what does not fit into the memory is encoded a block at a time."""
     monkeypatch.setattr(batches, "BLOCK", 16)
     examples = [example("裙" * (1 + index % 7), f"第{index}行", index) for index in range(40)]
-    one, two = (encode_rows(examples, encoder, tmp_path / f"{count}", workers=count) for count in (1, 2))
+    one, two = (written(examples, encoder, tmp_path / f"{count}", workers=count) for count in (1, 2))
     assert one["input_ids"][:] == two["input_ids"][:] == [
         encoder(row(each.prompt, each.response))["input_ids"] for each in examples
     ]  # fmt: skip
@@ -114,10 +127,34 @@ def test_an_encoder_can_be_sent_to_a_worker(encoder):
 def test_what_was_cut_is_counted_in_the_log(encoder, caplog, tmp_path):
     caplog.set_level("INFO")
     examples = [example("裙" * 200, "短"), example("短", "美" * 200), example("短", "短")]
-    encode_rows(examples, encoder, tmp_path / "rows")
+    written(examples, encoder, tmp_path / "rows")
     assert "3 rows" in caplog.text
     assert "1 prompts and 1 answers cut to the limits" in caplog.text
 
 
 def test_more_workers_than_rows_do_no_harm(encoder, tmp_path):
-    assert len(encode_rows([example("裙", "好")], encoder, tmp_path / "rows", workers=8)) == 1
+    assert len(written([example("裙", "好")], encoder, tmp_path / "rows", workers=8)) == 1
+
+
+SYSTEM = [Message("system", "规" * 200), Message("user", "好"), Message("assistant", "好")]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_row_that_the_limits_cannot_hold_is_skipped_with_its_place_and_the_others_stay(
+    workers, place, encoder, tmp_path, monkeypatch
+):
+    """In blocks of two, so that one block may hold the first row alone; the question's end is all that a cut takes."""
+    monkeypatch.setattr(batches, "BLOCK", 2)
+    examples, skipped = [example("裙", f"第{index}行", index) for index in range(5)], []
+    examples[place] = replace(examples[place], turns=SYSTEM)
+    found = written(examples, encoder, tmp_path / "rows", workers, skipped.append)
+    assert skipped == [Skipped(Path("rows.jsonl"), place + 1, "max_source_length 64 does not hold the prompt's frame")]
+    others = [each for each in examples if not each.turns]
+    assert found["input_ids"][:] == [encoder(row(each.prompt, each.response))["input_ids"] for each in others]
+
+
+@pytest.mark.parametrize(("limits", "named"), [((3, 64), "max_source_length 3"), ((64, 1), "max_target_length 1")])
+def test_limits_that_hold_no_plain_row_are_refused_before_any_is_read(limits, named, toy_tokenizer, tmp_path):
+    with pytest.raises(UserError, match=f"{named} does not hold .* use at least"):
+        encode_rows(unread(), RowEncoder(toy_tokenizer, PromptFormat(), *limits), tmp_path / "rows", print)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from entrypoints.checkpoint.adapters import LORA_FILE, PREFIX_FILE
 from entrypoints.errors import UserError
 from entrypoints.training import checkpoints, methods
 from entrypoints.training.watching import BrokenSteps, Interrupts
@@ -105,6 +106,22 @@ class TestResume:
         with pytest.raises(UserError, match="was made with --method lora, not full"):
             tune(output, resume="auto")
 
+    @pytest.mark.parametrize(
+        ("fields", "told"),
+        [
+            ({"lora_rank": 4}, "--lora-rank 8, not 4"),
+            ({"lora_alpha": 16}, "--lora-alpha 32, not 16"),
+            ({"lora_target": "all-linear"}, "--lora-target attention, not all-linear"),
+        ],
+    )
+    def test_what_was_learnt_cannot_go_on_in_another_shape(self, fields, told, output, tune):
+        with pytest.raises(UserError, match=f"was made with {told}"):
+            tune(output, method="lora", resume="auto", **fields)
+
+    def test_it_cannot_go_on_on_another_base(self, output, tune, straight):
+        with pytest.raises(UserError, match=r"was tuned on .*, whose weights are not those of"):
+            tune(output, method="lora", resume="auto", model_name_or_path=straight["full"])
+
 
 class TestSaving:
     """A save that fails."""
@@ -127,18 +144,22 @@ class TestSaving:
         assert not (tmp_path / "out" / "checkpoint-6").exists()
         assert not list((tmp_path / "out" / checkpoints.PARTIAL).iterdir())
 
-    def test_a_tensor_saved_as_nothing_is_refused_where_it_is_saved(self, tune, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("method", "name"), [("full", "model.safetensors"), ("lora", LORA_FILE), ("ptuning", PREFIX_FILE)]
+    )
+    def test_a_tensor_saved_as_nothing_is_refused_where_it_is_saved(self, method, name, tune, tmp_path, monkeypatch):
         """G5: what ZeRO-3 saves when nothing gathers its parts."""
         save = methods.save
 
         def hollow(model, state, folder, *rest):
             save(model, state, folder, *rest)
-            tensors = load_file(folder / "model.safetensors")
-            save_file(tensors | {"lm_head.weight": torch.empty(0)}, folder / "model.safetensors")
+            tensors = load_file(folder / name)
+            save_file(tensors | {min(tensors): torch.empty(0)}, folder / name)
 
         monkeypatch.setattr(methods, "save", hollow)
-        with pytest.raises(UserError, match=r"lm_head.weight \[0\], not "):
-            tune(tmp_path / "out")
+        with pytest.raises(UserError, match=r"\[0\]"):
+            tune(tmp_path / "out", method=method)
+        assert not (tmp_path / "out" / "checkpoint-3").exists()
 
     def test_only_as_many_as_wanted_are_kept_the_newest(self, tune, tmp_path):
         output = tune(tmp_path / "out", method="lora", save_steps=1, save_total_limit=2)
@@ -173,6 +194,22 @@ class TestBrokenSteps:
             steps.note(1.0, True, step)
         with pytest.raises(UserError, match="30 steps in a row overflowed"):
             steps.note(1.0, True, 29)
+
+    def test_a_step_of_several_batches_counts_once(self, tune, tmp_path, monkeypatch):
+        """G4: fp16's first skipped steps would end the run where gradients are accumulated."""
+        noted = []
+        monkeypatch.setattr(BrokenSteps, "note", lambda self, *told: noted.append(told))
+        tune(tmp_path / "out", max_steps=2, gradient_accumulation_steps=3)
+        assert [(skipped, step) for _, skipped, step in noted] == [(False, 1), (False, 2)]
+
+    def test_one_that_is_no_number_is_borne_if_another_follows_and_not_at_the_end(self):
+        steps = BrokenSteps(3)
+        steps.note(float("nan"), False, 1)
+        steps.note(1.0, False, 2)
+        steps.end()
+        steps.note(float("nan"), False, 3)
+        with pytest.raises(UserError, match="1 steps in a row, up to step 3"):
+            steps.end()
 
 
 class TestInterrupts:

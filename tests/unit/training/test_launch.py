@@ -1,14 +1,13 @@
 """How many processes, where, and who says so; whole runs are in tests/train. Trap G12 of the list of reported pains."""
 
-import json
 import socket
 from pathlib import Path
 
 import pytest
 
 from entrypoints.errors import UserError
-from entrypoints.training import launch, zero
-from entrypoints.training.arguments import PRESETS, TrainArguments
+from entrypoints.training import launch
+from entrypoints.training.arguments import TrainArguments
 
 POD = {"MASTER_ADDR": "train-0.train", "MASTER_PORT": "23456"}
 
@@ -68,34 +67,23 @@ def test_a_process_of_a_launcher_is_known_by_its_local_rank():
     assert not launch.is_worker({"RANK": "1", "WORLD_SIZE": "2"}) and launch.is_main({"RANK": "1"})
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_leaves_every_number_of_a_batch_to_the_flags(name):
-    """G12: DeepSpeed's arithmetic assertion has nothing to find."""
-    config = zero.configuration(name)
-    assert [config[field] for field in zero.BATCH_FIELDS] == ["auto"] * 3
-    assert zero.stage(config) == int(name[4])
-    assert zero.offloads(config, "optimizer") == ("offload" in name)
-    assert zero.offloads(config, "param") == (name == "zero3-offload")
-    assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
+@pytest.mark.parametrize("name", ["NODE_RANK", "PET_NODE_RANK", "JOB_COMPLETION_INDEX", "RANK"])
+def test_a_machine_with_a_number_above_0_but_not_of_how_many_does_not_train_alone(name):
+    """Each would write into the same folder. 0 is also the only pod of a Job: it may."""
+    with pytest.raises(UserError, match="number is 1, and nothing says of how many; set NNODES"):
+        launch.layout(arguments(), POD | {name: "1"}, 0)
+    assert launch.layout(arguments(), POD | {name: "0"}, 0).processes == 1
+    assert launch.layout(arguments(), POD | {name: "1", "NNODES": "1"}, 0).processes == 1
 
 
-def test_a_file_with_other_numbers_is_made_to_agree_and_gathers_what_it_saves(tmp_path, caplog):
-    """G5, G12."""
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"train_batch_size": 64, "zero_optimization": {"stage": 3}}))
-    config = zero.configuration(str(file))
-    assert config["train_batch_size"] == "auto"
-    assert "train_batch_size is 64; the flags decide" in caplog.text
-    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
-
-
-@pytest.mark.parametrize(("text", "told"), [("{", "is no JSON"), ("[1]", "is no DeepSpeed configuration")])
-def test_a_file_that_is_no_configuration_is_named(text, told, tmp_path):
-    (tmp_path / "ds.json").write_text(text)
-    with pytest.raises(UserError, match=told):
-        zero.configuration(str(tmp_path / "ds.json"))
-
-
-def test_neither_file_nor_preset_is_told_with_the_presets():
-    with pytest.raises(UserError, match=r"zero4 is no file and no preset; .*zero3-offload"):
-        zero.configuration("zero4")
+@pytest.mark.parametrize(
+    ("env", "per_node", "nodes"),
+    [
+        ({"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}, 8, 2),
+        ({"LOCAL_SIZE": "2", "WORLD_SIZE": "2"}, 2, 1),  # the deepspeed launcher's word
+        ({}, 1, 1),
+    ],
+)
+def test_a_process_of_a_launcher_knows_how_many_there_are(env, per_node, nodes):
+    place = launch.joined({"LOCAL_RANK": "0", "RANK": "0"} | env)
+    assert (place.per_node, place.nodes, place.processes) == (per_node, nodes, per_node * nodes)

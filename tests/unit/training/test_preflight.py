@@ -1,8 +1,10 @@
 """The memory table against published figures and against what autograd really keeps. Trap G10."""
 
+import argparse
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,13 @@ from small_disk import with_small_disk
 
 from entrypoints.checkpoint.layout import Shape
 from entrypoints.checkpoint.native import open_native
+from entrypoints.dataset.columns import Columns
 from entrypoints.engines.placement import weight_bytes
 from entrypoints.errors import UserError
+from entrypoints.jobs import train
 from entrypoints.training import methods, preflight
 from entrypoints.training.arguments import TrainArguments
+from entrypoints.training.flags import from_flags
 from entrypoints.training.preflight import Plan
 
 CHATGLM3_6B = Shape(28, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
@@ -95,13 +100,91 @@ def test_the_activations_of_a_layer_are_what_autograd_keeps(method, fields, dtyp
 
 def test_what_cannot_fit_is_refused_with_the_flag_that_helps():
     """G10: one H100 of 80 GB, full tuning; the smallest change that fits is named."""
-    with pytest.raises(UserError, match=r"need \d+.\d GB, 79.0 GB are free; .*offload.* would fit"):
+    with pytest.raises(UserError, match=r"need \d+.\d GB of each GPU, 79.0 GB are free; .*offload.* would fit"):
         preflight.refuse_hopeless(plan(), 79e9, 512e9)
     with pytest.raises(UserError, match="; --method lora would fit"):
         preflight.refuse_hopeless(plan(), 40e9, 30e9)
     with pytest.raises(UserError, match="use more or larger GPUs"):
         preflight.refuse_hopeless(plan(), 1e9, 8e9)
     preflight.refuse_hopeless(plan(8, deepspeed="zero3"), 79e9, 512e9)
+
+
+def test_an_optimizer_that_is_offloaded_to_a_small_host_is_refused_with_the_host_as_the_reason():
+    """The GPU would have room: 75 GB of Adam and float32 have not."""
+    offloaded = plan(deepspeed="zero3-offload")
+    with pytest.raises(UserError, match=r"need 1\d\d.\d GB of the host, 64.0 GB are free; --method lora would fit"):
+        preflight.refuse_hopeless(offloaded, 79e9, 64e9)
+    with pytest.raises(UserError, match=r"GB of the host, 4.0 GB are free; use a machine with more memory"):
+        preflight.refuse_hopeless(offloaded, 79e9, 4e9)
+    preflight.refuse_hopeless(offloaded, 79e9, 256e9)
+
+
+def test_without_a_gpu_all_of_every_process_counts_against_the_host_and_nothing_twice():
+    """In float32 16 bytes a number without DeepSpeed, 20 with it: 99.9 and 124.9 GB, wherever they lie."""
+
+    def host(processes, **fields):
+        return replace(plan(processes, length=16, **fields), compute=torch.float32).need().host_memory(None) / 1e9
+
+    assert host(1) == pytest.approx(99.9 + 3, abs=2)
+    assert host(2) == pytest.approx(2 * host(1))
+    for preset in ("zero2", "zero2-offload", "zero3-offload"):
+        assert host(1, deepspeed=preset) == pytest.approx(124.9 + 3, abs=4), preset
+    assert host(2, deepspeed="zero3") == pytest.approx(124.9 + 6, abs=4)
+    two = replace(plan(2), compute=torch.float32)
+    with pytest.raises(UserError, match=r"need 199.8 GB of the host, 150.0 GB are free; --deepspeed zero3 .* fit"):
+        preflight.refuse_hopeless(two, None, 150e9)
+    assert not preflight.fits(two.need(), None, 200e9)
+
+
+def test_without_a_gpu_nothing_is_offered_that_needs_one():
+    words = [words for words, _ in preflight.candidates(plan(2), None)]
+    assert len(words) >= 6 and not [said for said in words if "qlora" in said or "offload" in said]
+    with_gpu = [words for words, _ in preflight.candidates(plan(2), 24e9)]
+    assert "--method qlora --gradient-checkpointing" in with_gpu
+
+
+ORIGINAL = ("--model-name-or-path", "base", "--train-file", "rows", "--output-dir", "out")
+
+
+def told(words):
+    """What `glm train` makes of words."""
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    return from_flags(parser.parse_args([*ORIGINAL, *words]), Path("base"), Columns(), "auto")
+
+
+@pytest.mark.parametrize("gpu", [None, 24e9])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (), ("--gradient-checkpointing", "--per-device-train-batch-size", "1"), ("--deepspeed", "zero3-offload"),
+        ("--method", "ptuning"), ("--method", "ptuning", "--per-device-train-batch-size", "1", "--deepspeed", "zero2"),
+        ("--method", "lora", "--quantization-bit", "8", "--packing"), ("--method", "lora"), ("--method", "qlora"),
+        ("--method", "freeze", "--deepspeed", "zero2", "--fp16"), ("--pre-seq-len", "64"),
+        ("--method", "freeze", "--freeze-layers", "2", "--deepspeed", "zero2"),
+    ],
+)  # fmt: skip
+def test_the_words_of_every_candidate_are_flags_that_make_it_of_the_run_as_told(words, gpu):
+    """Also those that are added to the flags told before: none is refused, none is missing, none is too many."""
+    found = preflight.candidates(replace(plan(2), arguments=told(words)), gpu)
+    assert len(found) >= 2
+    for said, candidate in found[1:]:
+        added, _, left_out = said.partition("without ")
+        kept = list(words)
+        for flag in left_out.split(" and ") if left_out else []:
+            del kept[kept.index(flag) : kept.index(flag) + 2]
+        assert told([*kept, *added.split()]) == candidate.arguments, said
+        assert set(added.split()).isdisjoint({"--gradient-checkpointing"} & set(words)), said
+
+
+def test_the_first_process_of_a_launcher_judges_the_machine_and_the_others_wait(toy_native, monkeypatch):
+    arguments = TrainArguments(toy_native, Path("rows"), Path("out"), device="cpu")
+    env = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "1"}
+    preflight.check_joined(arguments, env)
+    monkeypatch.setattr(preflight, "available_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"of the host, 0.0 GB are free"):
+        preflight.check_joined(arguments, env)
+    preflight.check_joined(arguments, env | {"LOCAL_RANK": "1"})
 
 
 def test_the_table_has_the_run_as_told_first_and_says_of_each_row_whether_it_fits():
@@ -111,6 +194,8 @@ def test_the_table_has_the_run_as_told_first_and_says_of_each_row_whether_it_fit
     assert lines[2].strip().startswith("as told") and lines[2].endswith("no")
     assert any("zero3" in line and line.endswith("yes") for line in lines[3:])
     assert len(lines) >= 8
+    alone = preflight.table(plan(), None, 64e9).splitlines()
+    assert "no GPU: all of it is host memory" in alone[0] and alone[2].split()[-3] == "-"
 
 
 def test_dry_run_prints_the_table_and_the_launch_line_and_writes_nothing(toy_native, sample_file, tmp_path, capsys):

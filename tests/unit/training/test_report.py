@@ -91,6 +91,7 @@ def test_a_run_with_scores_reports_answers_before_and_after(toy_native, sample_f
     assert err.index("its answers are scored") < err.index("step 1: loss")
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert text.count("类型#") >= 3
+    assert "| 你好 |" in text  # asked in every run
     assert "| question | before | after |" in text and "| rouge_l |" in text
     assert list((tmp_path / "out" / "runs").glob("*/events.out.tfevents.*"))  # TensorBoard, nothing to be said
 

@@ -107,8 +107,9 @@ def test_a_conversation_with_a_tool_is_taught_as_the_api_asks_it(told, toy_token
     ("turns", "reason"),
     [
         (CONVERSATION[:-1], "the conversation does not end with an answer"),
-        ([*CONVERSATION[:1], {"role": "tool", "content": "x"}], "turn 1 has role 'tool'"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "turn 0 has an unknown field 'tool_calls'"),
+        ([*CONVERSATION[:1], {"role": "critic", "content": "x"}], "turn 1 has role 'critic'"),
+        ([{"role": "user", "content": "x", "weight": 0}], "turn 0 has an unknown field 'weight'"),
+        ([{"role": "user", "content": "x", "tool_calls": [1]}], "turn 0 has tool_calls that are no list on an assis"),
         ([{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}], "follows no question"),
         ("你好", "is not a list of messages"),
         ([], "the conversation does not end with an answer"),
@@ -129,6 +130,59 @@ def test_several_files_are_learnt_one_after_another(told, file, toy_tokenizer, t
     found = rows.encoded([file, tmp_path / "more.json"], told, encoder(toy_tokenizer))
     assert len(found) == 9
     assert found[8]["input_ids"] == rows.encoded([tmp_path / "more.json"], told, encoder(toy_tokenizer))[0]["input_ids"]
+
+
+def judged(told, lines, toy_tokenizer, most=None, length=64):
+    told.train_file.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    return rows.encoded([told.train_file], told, encoder(toy_tokenizer, length), most)
+
+
+GOOD, BAD = {"content": "裙", "summary": "好。"}, {"content": "裙", "summary": ""}
+
+
+def test_rows_skipped_before_the_limit_is_reached_are_counted_and_logged(told, toy_tokenizer, caplog):
+    caplog.set_level("INFO")
+    assert len(judged(told, [BAD, GOOD, BAD, GOOD, BAD, GOOD], toy_tokenizer, most=2)) == 2
+    assert f"{told.train_file}: 2 rows used, 2 skipped" in caplog.text
+
+
+def test_rows_skipped_before_the_limit_is_reached_are_judged(told, toy_tokenizer):
+    with pytest.raises(UserError, match=r"2 rows cannot be used \(2 empty response\)"):
+        judged(replace(told, max_skipped=1), [BAD, GOOD, BAD, GOOD, BAD], toy_tokenizer, most=2)
+    assert len(judged(replace(told, max_skipped=2), [BAD, GOOD, BAD, GOOD, BAD], toy_tokenizer, most=2)) == 2
+    assert made(told.output_dir) != []
+
+
+def test_a_limit_of_training_rows_leaves_other_files_whole_and_has_rows_of_its_own(told, file, toy_tokenizer):
+    """As preparation.py calls it: the training files with the limit, the validation file without."""
+    told = replace(told, max_train_samples=2)
+    assert len(rows.encoded([file], told, encoder(toy_tokenizer), told.max_train_samples)) == 2
+    assert len(rows.encoded([file], told, encoder(toy_tokenizer))) == 8
+    assert len(rows.encoded([file], told, encoder(toy_tokenizer), 3)) == 3
+    assert len(made(told.output_dir)) == 3
+
+
+TOO_LONG = {"talk": [{"role": "system", "content": "规" * 300}, {"role": "user", "content": "裙"}, CONVERSATION[-1]]}
+TALK = {"talk": [{"role": "user", "content": "裙"}, CONVERSATION[-1]]}
+
+
+@pytest.mark.parametrize("lines", [[TOO_LONG, TALK, TALK], [TALK, TOO_LONG, TALK]])
+def test_a_row_whose_system_text_exceeds_the_limit_is_skipped_named_and_judged(lines, told, toy_tokenizer, caplog):
+    caplog.set_level("INFO")
+    told = replace(told, columns=Columns(conversations="talk"))
+    assert len(judged(told, lines, toy_tokenizer)) == 2
+    line = lines.index(TOO_LONG) + 1
+    assert f"skipped rows.jsonl:{line}: max_source_length 64 does not hold the prompt's frame" in caplog.text
+    assert f"{told.train_file}: 2 rows used, 1 skipped" in caplog.text
+    with pytest.raises(UserError, match=r"1 rows cannot be used \(1 max_source_length 64"):
+        judged(replace(told, max_skipped=0), lines, toy_tokenizer)
+
+
+def test_a_file_of_rows_that_are_all_too_long_is_refused(told, toy_tokenizer):
+    told = replace(told, columns=Columns(conversations="talk"))
+    with pytest.raises(UserError, match="no usable row: 2 max_source_length 64 does not hold"):
+        judged(told, [TOO_LONG, TOO_LONG], toy_tokenizer)
+    assert all(folder.endswith(".partial") for folder in made(told.output_dir))
 
 
 READ = """
