@@ -90,10 +90,10 @@ else
 	  $(COMPOSE) --profile eval run --rm evaluate
 endif
 
-quantize: $(if $(LOCAL),$(READY)) ## Make one small file: make quantize MODEL=... TYPE=q4_k_m [WITH=compose]
+quantize: $(if $(LOCAL),$(READY)) ## Make one small file, or with TYPE=int8|nf4 a folder: make quantize MODEL=... TYPE=q4_k_m [WITH=compose]
 ifeq ($(WITH),local)
 	mkdir -p $(OUTPUT)
-	$(GLM) quantize $(MODEL) $(OUTPUT)/$(notdir $(abspath $(MODEL)))-$(TYPE).gguf --type $(TYPE) $(ARGS)
+	$(GLM) quantize $(MODEL) $(OUTPUT)/$(notdir $(abspath $(MODEL)))-$(TYPE)$(if $(filter int8 nf4,$(TYPE)),,.gguf) --type $(TYPE) $(ARGS)
 else
 	$(COMPOSE_ENV) QUANTIZE=$(TYPE) $(COMPOSE) run --rm model-init
 endif

@@ -20,7 +20,7 @@ JOBS = {
     "data": "check or split training data",
     "train": "fine-tune on prompt/response rows, in full or as an adapter",
     "export": "write a checkpoint of a run as a plain model folder",
-    "quantize": "write a checkpoint as one GGUF file, which needs no GPU and no torch",
+    "quantize": "write a checkpoint smaller: a GGUF file, which runs without GPU and torch, or a folder",
     "evaluate": "generate answers and score them with BLEU-4 and ROUGE",
     "chat": "talk to a model in the terminal",
     "serve": "serve a model over OpenAI's HTTP API",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from entrypoints.answer import Answer, AnswerReader
 from entrypoints.engines.base import Engine
-from entrypoints.engines.loading import check, engine_for
+from entrypoints.engines.loading import check, engine_for, load, require_engine
 from entrypoints.errors import UserError
 from entrypoints.prompt import Message, as_messages
 from entrypoints.sampling import Sampling
@@ -81,22 +81,19 @@ def load_chat(
 ) -> Chat:
     """Load a converted checkpoint (and adapter), or a GGUF file, to talk to.
 
-    A GGUF file runs in llama.cpp: without adapter, in the precision it was written in.
+    A GGUF file runs in llama.cpp: without adapter, on the processor, in the precision it was written in.
     Raises UserError before anything slow if it cannot work.
     """
-    path = Path(model)
+    path, adapters = Path(model), {"adapter": Path(adapter)} if adapter else {}
     if engine_for(path) == "llamacpp":
-        check("llamacpp", path, {"adapter": Path(adapter)} if adapter else {}, load_in)
-        if dtype != "auto" or verify:
-            raise UserError(f"{path} has the precision it was written in and no manifest", "leave out dtype and verify")
-        from entrypoints.engines.llamacpp_engine import LlamaCppEngine
-
-        return Chat(LlamaCppEngine.load(path, slots=1))
+        check("llamacpp", path, adapters, load_in, device, dtype=dtype, verify=verify)
+        return Chat(load("llamacpp", path, {}, verify=verify))
+    require_engine("transformers")
     from entrypoints.checkpoint.native import open_native
 
     # what is wrong with the folder shows before transformers, imported in seconds, does
     if load_in or open_native(path, quantised=True).load_in:
-        check("transformers", path, {"adapter": Path(adapter)} if adapter else {}, load_in, device)
+        check("transformers", path, adapters, load_in, device)
     from entrypoints.engines.transformers_engine import TransformersEngine
 
     return Chat(TransformersEngine.load(path, Path(adapter) if adapter else None, device, dtype, verify, load_in))

@@ -20,7 +20,7 @@ IN_CONTAINER = (Path("/.dockerenv"), Path("/run/.containerenv"), Path("/var/run/
 SHARED = Path("/dev/shm")
 ENOUGH_SHARED = 10**9
 ENOUGH_DISK = 25 * 10**9  # the 6B as it is downloaded, and converted beside that
-ENOUGH_MEMORY = 51 * 10**8  # the 6B as q4_0 with a whole window and its shelf, and the process around it
+ENOUGH_MEMORY = 51 * 10**8  # the 6B as q4_0 with one slot (`fitting`), and the process around it
 
 
 def driver(library: str = LIBRARY) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from entrypoints.checkpoint.gguf_plan import plans
 from entrypoints.checkpoint.layout import Shape
-from entrypoints.engines.llamacpp_engine import kept_bytes
+from entrypoints.engines.llamacpp_engine import needed_bytes
 from entrypoints.engines.placement import HEADROOM, loaded_bytes, weight_bytes
 from entrypoints.settings import LOADS
 
@@ -13,7 +13,6 @@ HOST_SIZES = (8, 16, 32, 64)  # GB of memory
 GPU_SIZES = (6, 8, 16, 24, 80)
 SYSTEM = 2 * GB  # of the host's memory, for all that runs beside
 CONTEXT = 1 * GB  # of a GPU's, for CUDA itself
-WORK = GB // 2  # what llama.cpp computes in, with room: cache and this took 0.4 GB together with the 6B
 FILES = ("q8_0", "q5_k_m", "q4_k_m", "q4_0")  # the nearest to the source first; f16 is slower and hardly nearer
 DTYPES = (("float32", 4), ("bfloat16", 2))
 
@@ -30,8 +29,8 @@ class Choice:
 
 
 def file_memory(shape: Shape, type_: str) -> int:
-    """Bytes that llama.cpp takes for a file of this type and one answer of the whole window, its shelf included."""
-    return sum(plan.size for plan in plans(shape, type_)) + kept_bytes(shape, 1, shape.window) + WORK
+    """Bytes that llama.cpp takes for a file of this type with one slot of the whole window."""
+    return needed_bytes(shape, sum(plan.size for plan in plans(shape, type_)), slots=1, window=shape.window)
 
 
 def host_choices(shape: Shape) -> list[Choice]:

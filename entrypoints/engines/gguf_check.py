@@ -60,13 +60,12 @@ def compare(file: Path, checkpoint: NativeCheckpoint, adapter: Adapter | None = 
 
 @torch.inference_mode()
 def compare_folder(folder: Path, checkpoint: NativeCheckpoint) -> Comparison:
-    """The same for a folder in fewer bits, in transformers; all of its odds are compared."""
-    engine = TransformersEngine.load(folder)
+    """The same for a folder in fewer bits, in transformers on the processor; all of its odds are compared."""
+    engine = TransformersEngine.load(folder, device="cpu")
     prompts = [engine.prompt_format.encode([Message("user", text)], engine.tokenizer) for text in QUESTIONS]
     greedy = Sampling(max_new_tokens=ANSWER_TOKENS, temperature=0)
     read = [[*prompt, *engine.generate(prompt, greedy)] for prompt in prompts]
-    device = engine.model.get_input_embeddings().weight.device
-    theirs = [engine.model(input_ids=torch.tensor([ids], device=device)).logits[0].cpu() for ids in read]
+    theirs = [engine.model(input_ids=torch.tensor([ids])).logits[0] for ids in read]
     del engine
     source = Layerwise(checkpoint)
     starts = [len(prompt) - 1 for prompt in prompts]

@@ -44,21 +44,20 @@ class Layerwise:
         states = [embedding[torch.tensor([list(prompt)])].to(self._dtype) for prompt in prompts]
         del embedding
         rotary = GlmRotaryEmbedding(self._config)
-        positions = [torch.arange(state.shape[1])[None] for state in states]
-        turns = [rotary(state, position_ids=places) for state, places in zip(states, positions, strict=True)]
         for number in range(self._layers):
             layer = self._layer(number, watch)
-            states = [
-                layer(state, position_ids=places, position_embeddings=turn)
-                for state, places, turn in zip(states, positions, turns, strict=True)
-            ]
+            for place, state in enumerate(states):  # over the old ones: many rows are larger than a layer
+                positions = torch.arange(state.shape[1])[None]
+                turn = rotary(state, position_ids=positions)
+                states[place] = layer(state, position_ids=positions, position_embeddings=turn)
+            del layer  # before the next one is read
         norm = GlmRMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
         norm.weight.copy_(self._read(["model.norm.weight"])[0])
-        found = [norm(state[0].float()) for state in states]
-        if watch:
-            for state in found:
-                watch("lm_head.weight", state)
-        return found
+        for place, state in enumerate(states):
+            states[place] = norm(state[0].float())
+            if watch:
+                watch("lm_head.weight", states[place])
+        return states
 
     @torch.inference_mode()
     def logits(self, states: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from entrypoints.checkpoint.manifest import check_record, record_of
 from entrypoints.engines.base import Engine
+from entrypoints.engines.packages import WEIGHTS, require_packages
 from entrypoints.errors import UserError
 from entrypoints.settings import LOADS
 
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from entrypoints.checkpoint.native import NativeCheckpoint
 
 PACKAGES = {"transformers": "transformers", "llamacpp": "xllamacpp", "vllm": "vllm"}
+FILES = ("gguf", "xllamacpp")  # packages that a GGUF file is opened and run with
+FOLDERS = (*WEIGHTS, "transformers", "accelerate")  # and a folder
+FILE_DEVICES = ("auto", "cpu")  # where llama.cpp computes
 
 
 def engine_for(model: Path) -> str:
@@ -27,19 +32,14 @@ def check(
     load_in: str | None = None,
     device: str = "auto",
     speculative: bool = False,
+    dtype: str = "auto",
+    verify: bool = False,
 ) -> None:
-    """Raise UserError for what can be known without loading: packages, files, names, sizes."""
-    if importlib.util.find_spec(PACKAGES[engine]) is None:
-        raise UserError(
-            f"the engine {engine} needs the package {PACKAGES[engine]}", "install it, or choose another --engine"
-        )
+    """Raise UserError for what can be known without loading: packages, flags, files, names, sizes."""
+    require_engine(engine)
     _check_flags(engine, load_in, speculative)
     if engine == "llamacpp":
-        if adapters:
-            raise UserError("a GGUF file cannot take adapters", "merge it in: glm quantize --adapter")
-        from entrypoints.checkpoint.gguf import open_gguf
-
-        open_gguf(model)
+        _check_file(model, adapters, device, dtype, verify)
         return
     if model.suffix == ".gguf":
         raise UserError(f"the engine {engine} does not read GGUF files", "use --engine llamacpp")
@@ -58,6 +58,40 @@ def check(
         from entrypoints.engines.vllm_settings import refuse_prefixes
 
         refuse_prefixes(opened)
+
+
+def require_engine(engine: str) -> None:
+    """Raise UserError where a package that the engine stands on is not installed; imports none."""
+    if engine == "vllm":
+        if importlib.util.find_spec(PACKAGES[engine]) is None:
+            raise UserError(
+                f"the engine {engine} needs the package {PACKAGES[engine]}", "install it, or choose another --engine"
+            )
+        return
+    require_packages(*(FILES if engine == "llamacpp" else FOLDERS))
+
+
+def _check_file(model: Path, adapters: Mapping[str, Path], device: str, dtype: str, verify: bool) -> None:
+    """What cannot be asked of a GGUF file is refused, never left out in silence."""
+    if adapters:
+        raise UserError("a GGUF file cannot take adapters", "merge it in: glm quantize --adapter")
+    if dtype != "auto":
+        raise UserError(
+            f"--dtype {dtype} is not for a GGUF file", "it has the precision it was written in: glm quantize chooses it"
+        )
+    if device not in FILE_DEVICES:
+        raise UserError(
+            f"--device {device} is not for a GGUF file",
+            "llama.cpp computes on the processor: leave --device and DEVICE out, or name a folder",
+        )
+    from entrypoints.checkpoint.gguf import open_gguf
+
+    open_gguf(model)
+    if verify and not record_of(model).is_file():
+        raise UserError(
+            f"--verify has nothing to hold {model} against: {record_of(model).name} is not beside it",
+            "leave it out, or have glm prepare make the file, which writes that record",
+        )
 
 
 def _check_flags(engine: str, load_in: str | None, speculative: bool) -> None:
@@ -86,6 +120,8 @@ def load(
     if engine == "llamacpp":
         from entrypoints.engines.llamacpp_engine import LlamaCppEngine
 
+        if verify:
+            check_record(model)
         return LlamaCppEngine.load(model, slots=slots, speculative=speculative)
     if engine == "vllm":
         from entrypoints.engines.vllm_engine import VllmEngine

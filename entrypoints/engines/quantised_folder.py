@@ -22,7 +22,15 @@ from entrypoints.checkpoint.native import (
 from entrypoints.checkpoint.original import read_json
 from entrypoints.engines.gguf_check import Comparison, compare_folder, require_near
 from entrypoints.engines.machine import available_memory
-from entrypoints.engines.placement import Placement, in_fewer_bits, loaded_bytes, quantising_bytes
+from entrypoints.engines.placement import (
+    HEADROOM,
+    Placement,
+    cpu_computes_bf16,
+    in_fewer_bits,
+    loaded_bytes,
+    quantising_bytes,
+    share_processors,
+)
 from entrypoints.engines.transformers_engine import load_model
 from entrypoints.errors import UserError
 from entrypoints.settings import LOADS
@@ -38,10 +46,12 @@ def quantise_folder(folder: Path, target: Path, type_: str) -> tuple[int, Compar
     """
     if target.exists():
         raise UserError(f"{target} exists", "choose another name, or remove it")
+    share_processors()
     checkpoint = open_native(folder)
     dtype = next(iter(checkpoint.files.tensors.values())).dtype
     size = loaded_bytes(checkpoint.shape, FOLDER_TYPES[type_], dtype.itemsize)
-    needed = size + quantising_bytes(checkpoint.shape)
+    checked = loaded_bytes(checkpoint.shape, FOLDER_TYPES[type_], 2 if cpu_computes_bf16() else 4)
+    needed = max(size + quantising_bytes(checkpoint.shape), int(checked * HEADROOM))
     if (free := available_memory()) < needed:
         raise UserError(
             f"quantising {folder} to {type_} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available",

@@ -24,12 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `glm chat`."""
     parser.add_argument("--model", type=Path, help="converted checkpoint or GGUF file; overrides MODEL_PATH")
     parser.add_argument("--adapter", type=Path, help="converted LoRA or P-Tuning v2 adapter; overrides ADAPTER_PATH")
-    parser.add_argument("--device", choices=DEVICES, help="overrides DEVICE")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the weights")
+    parser.add_argument("--device", choices=DEVICES, help="overrides DEVICE; a GGUF file runs on the processor")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of a folder's weights; a GGUF file has its own"
+    )
     parser.add_argument(
         "--load-in", choices=LOADS, help="let bitsandbytes make the weights smaller as they load (CUDA, CPU)"
     )
-    parser.add_argument("--verify", action="store_true", help="check every file's hash before loading")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="check every file's hash before loading; a GGUF file's against the record that glm prepare writes",
+    )
     parser.add_argument("--prompt", help="ask this once and end")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each answer")

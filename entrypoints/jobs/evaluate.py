@@ -6,18 +6,23 @@ Writes generated_predictions.jsonl, then predict_results.json; prints the scores
 import argparse
 import json
 import logging
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from entrypoints.errors import UserError
 from entrypoints.settings import DEVICES, Settings
+
+if TYPE_CHECKING:
+    from entrypoints.engines.base import Engine
 
 logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `glm evaluate`."""
-    parser.add_argument("--model", type=Path, help="converted checkpoint; overrides MODEL_PATH")
+    parser.add_argument("--model", type=Path, help="converted checkpoint, or a GGUF file; overrides MODEL_PATH")
     parser.add_argument("--adapter", type=Path, help="converted adapter; overrides ADAPTER_PATH")
     parser.add_argument("--test-file", type=Path, required=True, help="rows to answer")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for answers and scores")
@@ -54,13 +59,10 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     _refuse_low_numbers(args)
     from entrypoints import evaluation, scoring
     from entrypoints.dataset.reading import Columns, column_counts, examples, read_rows
-    from entrypoints.engines.loading import check
     from entrypoints.sampling import Sampling
 
     adapter = args.adapter or settings.adapter_path or None
-    device = args.device or settings.device
-    # what is wrong with the model shows now, not after the rows
-    check("transformers", Path(model), {"adapter": Path(adapter)} if adapter else {}, device=device)
+    _check_model(Path(model), adapter, args, settings)  # what is wrong with it shows now, not after the rows
     origin = _training_origin(Path(adapter or model))
     file_rows = read_rows(args.test_file, args.encoding)
     columns = Columns(**{**origin.get("columns", {}), **_given_columns(args)})
@@ -74,15 +76,40 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     scoring.self_test()
     from tqdm import tqdm
 
+    rows = rows[: args.max_predict_samples]
+    with closing(_load(Path(model), adapter, args, settings, source + target)) as engine:
+        predictions = evaluation.predict(engine, rows, sampling, source, args.per_device_eval_batch_size)
+        scores = evaluation.evaluate(
+            tqdm(predictions, total=len(rows), desc="answers", disable=None), args.output_dir, args.bleu_tokens
+        )
+    print(json.dumps({**scores.as_dict(), "n_skipped": len(skipped)}, ensure_ascii=False, indent=2))
+
+
+def _check_model(model: Path, adapter: Path | str | None, args: argparse.Namespace, settings: Settings) -> None:
+    from entrypoints.engines.loading import check, engine_for
+
+    engine = engine_for(model)
+    if engine == "llamacpp" and (args.dtype != "auto" or args.device not in (None, "auto", "cpu")):
+        raise UserError("a GGUF file has its own precision and runs on the processor", "leave out --dtype and --device")
+    check(engine, model, {"adapter": Path(adapter)} if adapter else {}, device=args.device or settings.device)
+
+
+def _load(
+    model: Path, adapter: Path | str | None, args: argparse.Namespace, settings: Settings, tokens: int
+) -> "Engine":
+    """tokens: of the longest prompt and answer together, for each of which llama.cpp keeps room."""
+    from entrypoints.engines.loading import engine_for
+
+    if engine_for(model) == "llamacpp":
+        from entrypoints.checkpoint.gguf import open_gguf
+        from entrypoints.engines.llamacpp_engine import LlamaCppEngine
+
+        window = min(tokens, open_gguf(model).window)
+        return LlamaCppEngine.load(model, slots=args.per_device_eval_batch_size, window=window)
     from entrypoints.engines.transformers_engine import TransformersEngine
 
-    engine = TransformersEngine.load(Path(model), Path(adapter) if adapter else None, device, args.dtype)
-    rows = rows[: args.max_predict_samples]
-    predictions = evaluation.predict(engine, rows, sampling, source, args.per_device_eval_batch_size)
-    scores = evaluation.evaluate(
-        tqdm(predictions, total=len(rows), desc="answers", disable=None), args.output_dir, args.bleu_tokens
-    )
-    print(json.dumps({**scores.as_dict(), "n_skipped": len(skipped)}, ensure_ascii=False, indent=2))
+    device = args.device or settings.device
+    return TransformersEngine.load(model, Path(adapter) if adapter else None, device, args.dtype)
 
 
 def _refuse_low_numbers(args: argparse.Namespace) -> None:
@@ -95,6 +122,13 @@ def _refuse_low_numbers(args: argparse.Namespace) -> None:
 
 def _training_origin(model: Path) -> dict:
     """What the checkpoint was tuned with, so that it is asked the same way."""
+    if model.suffix == ".gguf":
+        import gguf
+
+        from entrypoints.checkpoint.gguf import PROVENANCE_KEY
+
+        field = gguf.GGUFReader(model).get_field(PROVENANCE_KEY)
+        return json.loads(field.contents()).get("source_made", {}) if field else {}
     from entrypoints.checkpoint.manifest import MANIFEST_FILE, read_manifest
 
     return read_manifest(model)["provenance"] if (model / MANIFEST_FILE).is_file() else {}

@@ -6,17 +6,17 @@ Safe to run again and twice at once; an interrupted download goes on. Prints wha
 """
 
 import argparse
-import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from entrypoints.checkpoint.gguf import TYPES
 from entrypoints.checkpoint.hub import SOURCES
-from entrypoints.errors import UserError
+from entrypoints.engines.packages import CONVERTING, QUANTISING, TRAINING, require_packages
 from entrypoints.settings import Settings
 
 logger = logging.getLogger(__name__)
+DEMO = "demo"  # as in checkpoint/store.py, which needs torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Fill the store, and print the folder and the file."""
-    for package in ("gguf", "xllamacpp") if args.quantize else ():
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"--quantize needs the package {package}", "pip install 'glm-entrypoints[quantized]'")
+    taught_here = args.model == DEMO and not (args.store / DEMO).is_dir()
+    require_packages(*CONVERTING, *(QUANTISING if args.quantize else ()), *(TRAINING if taught_here else ()))
     from entrypoints.checkpoint import store
 
     folder = store.fill(args.store, args.model, args.look_in, args.source, settings, _make_demo)

@@ -6,7 +6,7 @@ what is too far from it is not kept. Prints the name; `glm chat --model OUT` tal
 """
 
 import argparse
-import importlib.util
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 from entrypoints.checkpoint.gguf import TYPES, WEIGHED
 from entrypoints.checkpoint.layout import FOLDER_TYPES
 from entrypoints.dataset.reading import Columns, Example, examples, read_rows
+from entrypoints.engines.packages import FOLDERS, QUANTISING, require_packages
 from entrypoints.errors import UserError
 from entrypoints.settings import Settings
 
 if TYPE_CHECKING:
     from entrypoints.engines.gguf_check import Comparison
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--imatrix-rows", type=int, default=64, help="how many of them to use")
     parser.add_argument("--prompt-column", default=columns.prompt, help="field of ROWS with the prompt")
     parser.add_argument("--response-column", default=columns.response, help="field of ROWS with the answer")
+    parser.add_argument("--history-column", help="field of ROWS with earlier [question, answer] pairs")
+    parser.add_argument(
+        "--conversations-column", help="in place of the three: field of messages, with tools, as the API takes them"
+    )
+    parser.add_argument("--encoding", default="utf-8", help="of ROWS; gb18030 for GBK")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
@@ -49,7 +57,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def _file(args: argparse.Namespace) -> "tuple[int, Comparison]":
-    _require("quantized", "gguf", "xllamacpp")
+    require_packages(*QUANTISING)
     rows = _rows(args)
     from entrypoints.engines.quantising import Order, quantise
 
@@ -66,16 +74,10 @@ def _folder(args: argparse.Namespace) -> "tuple[int, Comparison]":
         )
     if args.target.suffix == ".gguf":
         raise UserError(f"--type {args.type} makes a folder, {args.target} names a file", "leave out .gguf")
-    _require("qlora", "bitsandbytes", "transformers")
+    require_packages(*FOLDERS)
     from entrypoints.engines.quantised_folder import quantise_folder
 
     return quantise_folder(args.folder, args.target, args.type)
-
-
-def _require(extra: str, *packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"this needs the package {package}", f"pip install 'glm-entrypoints[{extra}]'")
 
 
 def _rows(args: argparse.Namespace) -> list[Example]:
@@ -83,7 +85,8 @@ def _rows(args: argparse.Namespace) -> list[Example]:
         return []
     if args.imatrix_rows < 1:
         raise UserError(f"--imatrix-rows {args.imatrix_rows} is not 1 or more", "64 are enough as a rule")
-    used, _ = examples(read_rows(args.imatrix), Columns(args.prompt_column, args.response_column))
-    if not used:
-        raise UserError(f"{args.imatrix} holds no row that can be used", "see glm data check")
+    columns = Columns(args.prompt_column, args.response_column, args.history_column, args.conversations_column)
+    used, skipped = examples(read_rows(args.imatrix, args.encoding), columns)
+    if skipped:
+        logger.warning("%d rows of %s cannot be used: see glm data check", len(skipped), args.imatrix)
     return used[: args.imatrix_rows]

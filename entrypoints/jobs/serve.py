@@ -42,9 +42,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--engine", choices=ENGINES, default="auto", help="auto: llamacpp for a GGUF file, else transformers"
     )
-    model.add_argument("--device", choices=DEVICES, help="overrides DEVICE")
+    model.add_argument("--device", choices=DEVICES, help="overrides DEVICE; a GGUF file runs on the processor")
     model.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights"
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of a folder's weights; a GGUF file has its own",
     )
     model.add_argument(
         "--load-in",
@@ -57,7 +60,11 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("ngram",),
         help="draft what the conversation holds already and verify it at once; for answers that repeat it (GGUF files)",
     )
-    model.add_argument("--verify", action="store_true", help="check every file's hash before loading")
+    model.add_argument(
+        "--verify",
+        action="store_true",
+        help="check every file's hash before loading; a GGUF file's against the record that glm prepare writes",
+    )
 
 
 def _add_service_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +131,7 @@ def _engine(
     name = engine_for(model) if args.engine == "auto" else args.engine
     device = args.device or settings.device
     speculative = args.speculative is not None
-    check(name, model, adapters, args.load_in, device, speculative)
+    check(name, model, adapters, args.load_in, device, speculative, args.dtype, args.verify)
     return name, lambda: load(
         name,
         model,

@@ -96,6 +96,14 @@ def test_the_first_job_quantises_into_the_asked_type():
     assert done.stdout == "MODEL=demo  RUN=tuned QUANTIZE=q8_0 docker compose run --rm model-init\n"
 
 
+@pytest.mark.parametrize(
+    ("type_", "target"), [("q8_0", "output/demo-q8_0.gguf"), ("int8", "output/demo-int8"), ("nf4", "output/demo-nf4")]
+)
+def test_a_type_that_makes_a_folder_gets_the_name_of_one(type_, target):
+    done = make("--dry-run", "quantize", "MODEL=models/demo", f"TYPE={type_}")
+    assert f" quantize models/demo {target} --type {type_}" in done.stdout
+
+
 @pytest.mark.parametrize(("engine", "profile"), [("auto", "cpu"), ("vllm", "gpu"), ("transformers", "gpu-int4")])
 def test_an_engine_has_its_profile(engine, profile):
     done = make("--dry-run", "serve", "WITH=compose", "MODEL=demo", f"ENGINE={engine}")

@@ -86,7 +86,8 @@ def test_the_label_tells_which_build_of_llama_cpp_is_inside(name, engine, finish
     """Compiled for this machine it leaves nothing of its processor unused."""
     build = image_of(engine, name).labels["glm.llamacpp-cpu"]
     _, said = finish(name, "doctor", **CONFINED)
-    faster = re.search(r"^llama.cpp +all types of glm quantize(; faster with .+)?$", said, re.MULTILINE)[1]
+    line = r"^llama\.cpp +(?:all GGUF types of glm quantize|runs GGUF files; .+?)(; faster with .+)?$"
+    faster = re.search(line, said, re.MULTILINE)[1]
     assert bool(faster) == bool(build == "published" and processor_flags() & set(NEWER.values()))
     assert build in ("published", "native"), "built for another processor than this one's"
 

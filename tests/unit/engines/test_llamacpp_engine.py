@@ -161,7 +161,8 @@ def test_too_little_memory_is_found_before_loading(toy_gguf, monkeypatch):
 @pytest.mark.parametrize(("window", "pages"), [(1024, 4), (300, 2)])
 def test_the_window_of_each_slot_and_one_on_the_shelf_are_counted_before_loading(window, pages, toy_gguf, monkeypatch):
     kept = (3 + 1) * pages * 256 * 4 * 2 * 2 * 32 * 2  # windows of whole pages; layers, keys and values, groups, ...
-    needed = toy_gguf.stat().st_size + kept
+    embedding = 2 * 2432 * 256  # bytes, ids, hidden
+    needed = toy_gguf.stat().st_size + kept + embedding + llamacpp_engine.ROOM
     monkeypatch.setattr(llamacpp_engine, "available_memory", lambda: needed - 1)
     with pytest.raises(UserError, match=f"3 slots of {window} tokens needs"):
         LlamaCppEngine.load(toy_gguf, slots=3, window=window)
@@ -269,7 +270,12 @@ def test_chat_with_a_gguf_file_says_what_chat_with_its_folder_says(toy_gguf, toy
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [({"adapter": "x"}, "take adapters"), ({"dtype": "float16"}, "dtype"), ({"verify": True}, "verify")],
+    [
+        ({"adapter": "x"}, "take adapters"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"device": "cuda"}, "device"),
+        ({"verify": True}, "verify"),
+    ],
 )
 def test_what_a_gguf_file_cannot_have_is_refused(given, words, toy_gguf):
     with pytest.raises(UserError, match=words):

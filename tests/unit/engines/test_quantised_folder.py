@@ -20,7 +20,7 @@ from entrypoints.checkpoint.conversion import convert_to_original
 from entrypoints.checkpoint.layout import FOLDER_TYPES, Shape, tensors
 from entrypoints.checkpoint.manifest import read_manifest
 from entrypoints.checkpoint.native import open_native
-from entrypoints.engines import gguf_check
+from entrypoints.engines import gguf_check, placement, quantised_folder
 from entrypoints.engines.loading import PACKAGES, check
 from entrypoints.engines.placement import loaded_bytes
 from entrypoints.engines.quantised_folder import quantise_folder
@@ -172,6 +172,27 @@ def test_one_too_far_from_its_source_is_not_kept(toy_native, tmp_path, monkeypat
     with pytest.raises(UserError, match="the int8 model is not its source: mean KL"):
         quantise_folder(toy_native, tmp_path / "out", "int8")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("device", ["mps", "old driver"])
+def test_it_is_checked_on_the_processor_whatever_else_there_is(device, toy_native, tmp_path, monkeypatch):
+    """All the work is done by then: a GPU that cannot load it must not cost it."""
+    if device == "mps":
+        monkeypatch.setattr(placement, "_kind", lambda asked: "mps" if asked == "auto" else asked)
+    else:
+        monkeypatch.setattr(placement, "check_driver", lambda: pytest.fail("asked for the driver"))
+    _, found = quantise_folder(toy_native, tmp_path / "out", "nf4")
+    assert 0 <= found.divergence <= gguf_check.BOUNDS["nf4"]
+
+
+def test_what_the_check_loads_in_float32_is_counted_before_the_work(toy_native, tmp_path, monkeypatch):
+    """A processor without bfloat16 doubles embedding and output layer, more than the quantiser needs."""
+    shape = open_native(toy_native).shape
+    monkeypatch.setattr(quantised_folder, "cpu_computes_bf16", lambda: False)
+    monkeypatch.setattr(quantised_folder, "quantising_bytes", lambda shape: 0)
+    monkeypatch.setattr(quantised_folder, "available_memory", lambda: loaded_bytes(shape, "8bit", 4))
+    with pytest.raises(UserError, match=r"quantising .* to int8 needs"):
+        quantise_folder(toy_native, tmp_path / "out", "int8")
 
 
 def test_too_little_memory_is_told_before_anything_is_read(toy_native, tmp_path, monkeypatch):

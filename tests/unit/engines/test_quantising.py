@@ -1,6 +1,8 @@
 """A GGUF file against its source: layer by layer, with a LoRA, weighed by rows, and refused when it is another."""
 
+import gc
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,10 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from entrypoints.checkpoint.adapters import lora_halves, open_adapter
-from entrypoints.checkpoint.gguf import PROVENANCE_KEY, TYPES, open_gguf
+from entrypoints.checkpoint.gguf import PROVENANCE_KEY, TYPES, WEIGHED, open_gguf
+from entrypoints.checkpoint.gguf_plan import plans
+from entrypoints.checkpoint.gguf_writing import Extras, write_gguf
 from entrypoints.checkpoint.native import open_native
 from entrypoints.dataset.reading import Example
-from entrypoints.engines import gguf_check
+from entrypoints.engines import gguf_check, placement, quantising
 from entrypoints.engines.gguf_check import compare, require_merged, require_near
 from entrypoints.engines.importance import importance
 from entrypoints.engines.layerwise import Layerwise
@@ -175,11 +179,35 @@ def test_a_merged_lora_is_in_the_file_and_in_its_provenance(lora, sharp, tmp_pat
     assert provenance(tmp_path / "out.gguf")["adapter"] == lora.name
 
 
-def test_rows_make_four_bits_nearer_and_stand_in_the_provenance(sharp, sample_rows, tmp_path):
+def written(file):
+    """Each matrix of a file in float64, by its name there."""
+    tensors = gguf.GGUFReader(file).tensors
+    return {one.name: gguf.dequantize(one.data, one.tensor_type).astype(np.float64) for one in tensors}
+
+
+@pytest.mark.parametrize("type_", WEIGHED)
+def test_rows_make_the_error_smaller_that_they_meet(type_, sharp, sample_rows, tmp_path):
+    """The squared error of every matrix, each column weighed by what the rows multiply it with."""
+    checkpoint = open_native(sharp)
+    rows = [checkpoint.tokenizer.encode(row["content"] + row["summary"]) for row in sample_rows[:8]]
+    weights = importance(checkpoint, rows)
+    for name, given in (("plain", {}), ("weighed", weights)):
+        write_gguf(sharp, tmp_path / f"{name}.gguf", type_, Extras(None, given))
+    write_gguf(sharp, tmp_path / "whole.gguf", "f16")
+    whole, plain, weighed = (written(tmp_path / f"{name}.gguf") for name in ("whole", "plain", "weighed"))
+    column_weights = {plan.name: weights.get(plan.entry.native[0]) for plan in plans(checkpoint.shape, type_)}
+    met = {name: column for name, column in column_weights.items() if column is not None}
+    assert len(met) == 4 * 4 + 1  # qkv, dense, gate and up, down of four layers, and the output layer
+
+    def error(found):
+        return sum((((found[name] - whole[name]) ** 2) * met[name]).sum() for name in met)
+
+    assert error(weighed) < 0.98 * error(plain)
+
+
+def test_rows_stand_in_the_provenance(sharp, sample_rows, tmp_path):
     rows = [Example(Path("mine.jsonl"), 1, 0, row["content"], row["summary"]) for row in sample_rows[:16]]
-    _, plain = quantise(Order(sharp, tmp_path / "plain.gguf", "q4_k_m"))
-    _, weighed = quantise(Order(sharp, tmp_path / "weighed.gguf", "q4_k_m", rows=rows, rows_from="mine.jsonl"))
-    assert weighed.divergence != plain.divergence
+    quantise(Order(sharp, tmp_path / "weighed.gguf", "q4_k_m", rows=rows, rows_from="mine.jsonl"))
     assert provenance(tmp_path / "weighed.gguf")["imatrix"] == "mine.jsonl"
     assert open_gguf(tmp_path / "weighed.gguf").type == "q4_k_m"
 
@@ -188,3 +216,65 @@ def test_rows_are_refused_where_they_change_nothing(sharp, tmp_path):
     rows = [Example(Path("mine.jsonl"), 1, 0, "问", "答")]
     with pytest.raises(UserError, match=r"--imatrix changes nothing with --type q8_0"):
         quantise(Order(sharp, tmp_path / "out.gguf", "q8_0", rows=rows))
+
+
+def test_rows_that_do_not_fit_into_memory_are_refused_with_how_many_do(sharp, sample_rows, tmp_path, monkeypatch):
+    rows = [Example(Path("mine.jsonl"), 1, 0, row["content"], row["summary"]) for row in sample_rows[:16]]
+    checkpoint = open_native(sharp)
+    needed = quantising._require_memory(checkpoint)
+    encoded = quantising._encoded(rows, checkpoint, None)
+    work = max(map(len, encoded)) * 5 * checkpoint.shape.ffn * 4
+    ten = needed + work + sum(map(len, encoded[:10])) * checkpoint.shape.hidden * 4
+    monkeypatch.setattr(quantising, "importance", None)  # nothing is weighed before it is refused
+    for free, remedy in ((ten, "use --imatrix-rows 10"), (needed + 1, "--imatrix-rows 1 is too much")):
+        monkeypatch.setattr(quantising, "available_memory", lambda free=free: free)
+        with pytest.raises(UserError, match=rf"weighing by 16 rows needs 0\.\d\d GB .*{re.escape(remedy)}"):
+            quantise(Order(sharp, tmp_path / "out.gguf", "q4_0", rows=rows))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_one_layer_and_one_state_of_each_row_live(toy_native):
+    """All rows' states are what --imatrix-rows asks memory for; two copies would be twice what is counted."""
+    checkpoint, seen, live = open_native(toy_native), [], []
+    rows = [[300 + number] * 37 for number in range(24)]
+    state, matrix = (1, 37, checkpoint.shape.hidden), (checkpoint.shape.hidden, checkpoint.shape.ffn)
+
+    def count():
+        shapes = [tuple(one.shape) for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+        return shapes.count(state), shapes.count(matrix)
+
+    def watch(name, _):
+        if name.endswith("down_proj.weight"):
+            seen.append(name)
+            if len(seen) % 24 == 0:  # at a layer's last row most is held
+                live.append(count())
+
+    _, others = count()  # of other tests' models
+    Layerwise(checkpoint).hidden(rows, watch)
+    assert len(live) == 4
+    assert max(states for states, _ in live) <= 24 + 6  # and what the row at hand is on its way through the layer
+    assert max(matrices for _, matrices in live) == others + 1
+
+
+@pytest.mark.parametrize("way", ["file", "folder"])
+def test_threads_follow_the_share_before_anything_is_computed(way, sharp, tmp_path, monkeypatch):
+    from entrypoints.engines import quantised_folder
+
+    def stop(*_):
+        seen.append(torch.get_num_threads())
+        raise UserError("far enough", "")
+
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(placement, "available_cpus", lambda: 1)
+    for module in (quantising, quantised_folder):
+        monkeypatch.setattr(module, "open_native", stop)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(UserError, match="far enough"):
+            if way == "file":
+                quantise(Order(sharp, tmp_path / "out.gguf", "q4_0"))
+            else:
+                quantised_folder.quantise_folder(sharp, tmp_path / "out", "int8")
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]

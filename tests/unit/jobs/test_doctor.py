@@ -1,11 +1,13 @@
 import importlib.metadata
+import platform
 import re
 import shutil
+import sys
 
 import pytest
 
 from entrypoints.checkpoint import ggml
-from entrypoints.engines import llamacpp_build
+from entrypoints.engines import llamacpp_build, llamacpp_engine, machine
 from entrypoints.jobs import doctor
 
 
@@ -68,8 +70,9 @@ def test_a_model_that_does_not_fit_is_a_mistake_with_both_sizes(toy_native, monk
 
 def test_what_would_fit_which_machine_is_told(toy_native, glm):
     facts = lines_of(glm("doctor", "--model", toy_native).out)
-    assert facts["fits here"].startswith("q8_0 (0.5 GB)")
-    assert facts["8 GB memory"].startswith("q8_0 (0.5 GB), q5_k_m (0.5 GB)")
+    assert facts["fits here"].startswith("q8_0 (0.0 GB)")
+    assert facts["8 GB memory"].startswith("q8_0 (0.0 GB), q5_k_m (0.0 GB)")
+    assert facts["counted with"] == "--slots 1 of 1024 tokens; 0.00 GB more for each further slot"
     assert re.fullmatch(r"16 bits \(\d+ windows\), --load-in 8bit .*", facts["6 GB GPU"])
 
 
@@ -78,14 +81,14 @@ def test_what_would_fit_which_machine_is_told(toy_native, glm):
     [
         (
             lambda: None,
-            ["AVX512"],
+            [],
             "this build of xllamacpp does not show ggml_quantize_chunk: only q4_0, q8_0 and f16 can be made",
         ),
-        (ggml._function, [], "all types of glm quantize"),
+        (ggml._function, [], "all GGUF types of glm quantize"),
         (
             ggml._function,
             ["AVX512", "AMX_INT8"],
-            "all types of glm quantize; faster with AVX512, AMX_INT8: make llamacpp, or LLAMACPP_CPU for an image",
+            "all GGUF types of glm quantize; faster with AVX512, AMX_INT8: make llamacpp, or LLAMACPP_CPU for an image",
         ),
     ],
 )
@@ -93,3 +96,41 @@ def test_it_tells_which_types_can_be_made_and_what_would_be_faster(find, unused,
     monkeypatch.setattr(ggml, "_function", find)
     monkeypatch.setattr(llamacpp_build, "unused", lambda: unused)
     assert lines_of(glm("doctor").out)["llama.cpp"] == words
+
+
+@pytest.mark.parametrize(
+    ("hidden", "words"),
+    [
+        ("xllamacpp", "does not run here: this needs the package xllamacpp; pip install 'glm-entrypoints[quantized]'"),
+        ("torch", "runs GGUF files; glm quantize makes none here: this needs the package torch; pip install"),
+    ],
+)
+def test_types_are_not_promised_where_a_package_is_missing(hidden, words, glm, monkeypatch):
+    monkeypatch.setitem(sys.modules, hidden, None)
+    assert lines_of(glm("doctor").out)["llama.cpp"].startswith(words)
+
+
+def test_the_processor_is_asked_before_llama_cpp_is(glm, tmp_path, monkeypatch):
+    """Its library may end with SIGILL, or promise what it cannot, where the processor lacks what it was built for."""
+    (tmp_path / "cpuinfo").write_text("flags\t: sse2 avx f16c\n")
+    monkeypatch.setattr(machine, "PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    asked = []
+    monkeypatch.setattr(llamacpp_build, "_compiled_for", lambda: asked.append("build") or [])
+    monkeypatch.setattr(ggml, "_function", lambda: asked.append("function"))
+    words = lines_of(glm("doctor").out)["llama.cpp"]
+    assert words.startswith("does not run here: this processor has no avx2, bmi2, fma, which llama.cpp's build needs")
+    assert asked == []
+
+
+def test_a_gguf_file_is_told_with_what_it_needs_and_whether_it_fits(toy_gguf, glm, monkeypatch):
+    done = glm("doctor", "--model", toy_gguf)
+    facts = lines_of(done.out)
+    assert done.code == 0
+    assert facts["model"] == f"{toy_gguf}, f16, 4 layers, window 1024"
+    assert facts["needs"] == "0.0 GB with --slots 1 of 1024 tokens; 0.00 GB more for each further slot"
+    assert re.fullmatch(r"\d+\.\d GB", facts["available"])
+    monkeypatch.setattr(llamacpp_engine, "available_memory", lambda: 1_000_000)
+    done = glm("doctor", "--model", toy_gguf)
+    assert done.code == 1
+    assert re.search(r"glm: .*toy\.gguf with 1 slots of 1024 tokens needs 0\.0 GB of memory, 0\.0 GB are", done.err)

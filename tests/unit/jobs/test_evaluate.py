@@ -6,6 +6,8 @@ import shutil
 import pytest
 
 from entrypoints import scoring
+from entrypoints.checkpoint.gguf_writing import write_gguf
+from entrypoints.checkpoint.manifest import write_manifest
 from entrypoints.engines.transformers_engine import TransformersEngine
 
 ROWS = [
@@ -181,6 +183,28 @@ def test_the_model_comes_from_the_environment_if_no_flag_names_it(
     assert "--model" in glm(*words).mistake()
     monkeypatch.setenv("MODEL_PATH", str(toy_native))
     assert glm(*words).code == 0
+
+
+def test_a_gguf_file_is_scored_and_asked_as_its_source_was_taught(
+    toy_native, tmp_path, glm, rows_file, answers, evaluate
+):
+    folder = shutil.copytree(toy_native, tmp_path / "native")
+    write_manifest(folder, {"columns": {"prompt": "q", "response": "a"}, "max_target_length": 3})
+    write_gguf(folder, tmp_path / "toy.gguf", "f16")
+    file = rows_file({"q": "裙", "a": "好看"}, {"q": "类型#衣*颜色#蓝", "a": "上衣"}, name="asked.jsonl")
+    found = []
+    for model in (folder, tmp_path / "toy.gguf"):
+        words = ("--model", model, "--test-file", file, "--output-dir", tmp_path / "scores")
+        done = glm("evaluate", *words, "--max-target-length", 3)
+        assert (done.code, json.loads(done.out or "{}").get("n")) == (0, 2), done.err
+        found.append([(answer["prompt"], answer["reference"]) for answer in answers()])
+        assert all(answer["prediction"] for answer in answers())
+    assert found[0] == found[1] == [("裙", "好看"), ("类型#衣*颜色#蓝", "上衣")]
+
+
+def test_what_a_gguf_file_cannot_take_is_refused(toy_gguf, evaluate):
+    assert "leave out --dtype and --device" in evaluate("--model", toy_gguf, "--dtype", "float32").mistake()
+    assert "a GGUF file cannot take adapters" in evaluate("--model", toy_gguf, "--adapter", "mine").mistake()
 
 
 def test_too_long_prompts_are_told_before_the_first_answer(evaluate, echo, rows_file):

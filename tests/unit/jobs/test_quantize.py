@@ -1,17 +1,24 @@
 """`glm quantize`, and `glm chat` with what it makes. Traps B7, I2 and I3 of the list of reported pains."""
 
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from entrypoints.__main__ import main
 from entrypoints.checkpoint import ggml
 from entrypoints.checkpoint.gguf import TYPES, open_gguf
+from entrypoints.checkpoint.layout import FOLDER_TYPES
 from entrypoints.engines import machine
+from entrypoints.engines.packages import EXTRAS, FOLDERS, QUANTISING, TRAINING
+
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("type_", TYPES)
@@ -73,6 +80,96 @@ def test_rows_of_ones_own_say_what_matters(toy_native, rows_file, tmp_path, glm,
     assert "weighing the columns by 8 rows of rows.jsonl" in done.err
     words = glm("quantize", toy_native, tmp_path / "other.gguf", "--type", "f16", "--imatrix", rows).mistake()
     assert "--imatrix changes nothing with --type f16" in words
+
+
+@pytest.fixture
+def ordered(monkeypatch):
+    """What the command asks for; nothing is made."""
+    from entrypoints.engines import quantising
+    from entrypoints.engines.gguf_check import Comparison
+
+    orders = []
+    monkeypatch.setattr(quantising, "quantise", lambda order: (orders.append(order), (0, Comparison(0.0, 1, 1)))[1])
+    return orders
+
+
+def test_rows_in_gbk_with_earlier_turns_are_read_as_training_reads_them(toy_native, tmp_path, glm, ordered):
+    file, words = tmp_path / "rows.jsonl", ["quantize", toy_native, tmp_path / "out.gguf", "--imatrix"]
+    row = {"q": "再来一件", "a": "白色长裙", "turns": [["推荐一件衣服", "蓝色上衣"]]}
+    file.write_bytes(json.dumps(row, ensure_ascii=False).encode("gb18030") + b"\n{}\n")
+    flags = ["--prompt-column", "q", "--response-column", "a", "--history-column", "turns"]
+    assert "--encoding gb18030" in glm(*words, file, *flags).mistake()
+    done = glm(*words, file, *flags, "--encoding", "gb18030")
+    assert done.code == 0, done.err
+    assert [turn.content for turn in ordered[0].rows[0].messages()] == [*row["turns"][0], row["q"], row["a"]]
+    assert "1 rows of" in done.err
+    assert "cannot be used: see glm data check" in done.err
+
+
+def test_rows_of_messages_weigh_too(toy_native, rows_file, tmp_path, glm, ordered):
+    turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "好"}]
+    file = rows_file({"mine": turns})
+    words = ["quantize", toy_native, tmp_path / "out.gguf", "--imatrix", file]
+    assert glm(*words, "--conversations-column", "mine").code == 0
+    assert [turn.content for turn in ordered[0].rows[0].messages()] == ["你好", "好"]
+    assert "--conversations-column" in glm(*words, "--conversations-column", "other").mistake()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "words", "told"),
+    [
+        ("torch", ["quantize", "DIR", "OUT.gguf"], "package torch; pip install 'glm-entrypoints[transformers]'"),
+        ("sentencepiece", ["quantize", "DIR", "OUT.gguf"], "package sentencepiece; pip install"),
+        ("torch,gguf", ["quantize", "DIR", "OUT.gguf"], "packages torch, gguf; pip install 'glm-entrypoints[quant"),
+        ("torch,bitsandbytes", ["quantize", "DIR", "OUT", "--type", "nf4"], "[qlora,transformers]'"),
+        ("torch", ["prepare", "DIR", "STORE"], "package torch; pip install 'glm-entrypoints[transformers]'"),
+        ("sentencepiece", ["prepare", "DIR", "STORE"], "package sentencepiece; pip"),
+        ("xllamacpp", ["prepare", "DIR", "STORE", "--quantize", "q4_0"], "'glm-entrypoints[quantized]'"),
+        ("datasets", ["prepare", "demo", "STORE"], "package datasets; pip install 'glm-entrypoints[train]'"),
+    ],
+)
+def test_a_package_that_is_missing_is_told_in_one_line_with_the_extra_that_brings_it(hidden, words, told, tmp_path):
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(sys.argv[1].split(',')));"
+        "from entrypoints.__main__ import main; sys.exit(main(sys.argv[2:]))"
+    )
+    words = [sys.executable, "-c", code, hidden, *words]
+    path = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(words, cwd=tmp_path, env=path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("glm: this needs the ")]
+    assert len(lines) == 1, done.stderr
+    assert told in lines[0]
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_extra_that_is_named_brings_its_package():
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert len(EXTRAS) >= 10
+    for package, extra in EXTRAS.items():
+        assert package in [re.split(r"[^\w-]", line)[0] for line in extras[extra]]
+    assert {*QUANTISING, *FOLDERS, *TRAINING} == set(EXTRAS)
+
+
+@pytest.mark.parametrize("type_", FOLDER_TYPES)
+def test_no_compiler_is_needed_for_fewer_bits(type_, toy_native, tmp_path):
+    """I1: a PATH on which there is neither gcc nor cc, and no variable that names one."""
+    pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes (extra qlora)")
+    code = (
+        "import shutil, sys; assert not any(map(shutil.which, ('gcc', 'cc', 'c++', 'clang')));"
+        "from entrypoints.__main__ import main; folder, target, type_, load_in = sys.argv[1:];"
+        "asked = '--prompt 你好 --max-new-tokens 4 --temperature 0 --json'.split();"
+        "sys.exit(main(['quantize', folder, target, '--type', type_]) or main(['chat', '--model', target, *asked])"
+        " or main(['chat', '--model', folder, '--load-in', load_in, *asked]))"
+    )
+    words = [sys.executable, "-c", code, toy_native, tmp_path / "out", type_, FOLDER_TYPES[type_]]
+    bare = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    bare |= {"PATH": str(tmp_path / "nothing"), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(list(map(str, words)), env=bare, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [answer["completion_tokens"] for answer in answers] == [4, 4]
 
 
 def test_without_llama_cpps_quantiser_the_plain_types_remain(toy_native, tmp_path, monkeypatch, glm):
