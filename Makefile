@@ -51,6 +51,7 @@ NEEDS_serve := MODEL
 NEEDS_evaluate := MODEL TEST_FILE
 NEEDS_quantize := MODEL
 NEEDS_train := MODEL TRAIN_FILE
+NEEDS_export := CKPT
 $(foreach goal,$(MAKECMDGOALS),$(foreach name,$(NEEDS_$(goal)),$(if $($(name)),,\
   $(error $(name) is not set: make $(goal) $(NEEDS_$(goal):%=%=...)))))
 LOCAL := $(filter local,$(WITH))
@@ -107,6 +108,9 @@ else
 	$(COMPOSE_ENV) DATA_DIR=$(dir $(abspath $(TRAIN_FILE))) TRAIN_FILE=$(notdir $(TRAIN_FILE)) TRAIN_ARGS="$(ARGS)" \
 	  $(COMPOSE) --profile train run --rm train
 endif
+
+export: $(READY) ## A plain folder of a run's checkpoint: make export CKPT=output/tuned/checkpoint-500 [MODEL=the base] [ARGS="--to original"]
+	$(GLM) export $(CKPT) $(abspath $(CKPT))-export $(if $(MODEL),--base $(MODEL)) $(ARGS)
 
 llamacpp: $(READY) ## Compile llama.cpp for this machine's processor into .venv (6 minutes; needs g++ and python3-dev)
 	images/scripts/llamacpp install $(LOCKS)/dev.lock $(VENV)/bin/python native

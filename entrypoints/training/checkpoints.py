@@ -46,7 +46,7 @@ def publish(partial: Path, target: Path, made_with: dict) -> None:
 
 def rotate(output: Path, keep: int | None) -> None:
     """Remove the oldest checkpoints beyond `keep`."""
-    for folder in _by_step(output)[: -keep if keep else 0]:
+    for folder in by_step(output)[: -keep if keep else 0]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -63,7 +63,7 @@ def to_resume(resume: str | None, output: Path) -> Checkpoint | None:
             raise UserError(f"--resume {resume}: {fault}", "name a complete checkpoint-N, or use --resume auto")
         return _opened(Path(resume))
     faults = []
-    for folder in reversed(_by_step(output)):
+    for folder in reversed(by_step(output)):
         fault = _fault(folder)
         if not fault:
             return _opened(folder)
@@ -75,7 +75,8 @@ def to_resume(resume: str | None, output: Path) -> Checkpoint | None:
     return None
 
 
-def _by_step(output: Path) -> list[Path]:
+def by_step(output: Path) -> list[Path]:
+    """The folders checkpoint-N, whole or not, the oldest first; others' names, as an export's, are none."""
     folders = [folder for folder in output.glob("checkpoint-*") if folder.is_dir() and _step(folder) is not None]
     return sorted(folders, key=_step)
 

@@ -152,7 +152,7 @@ def _clear_output(folder: Path, resumed: Checkpoint | None) -> None:
     shutil.rmtree(folder / checkpoints.PARTIAL, ignore_errors=True)
     if resumed:
         return
-    for old in folder.glob("checkpoint-*"):
+    for old in checkpoints.by_step(folder):
         shutil.rmtree(old)
     for old in result_files(folder):
         old.unlink(missing_ok=True)

@@ -54,6 +54,8 @@ def configuration(
     config = read(name)
     if arguments:
         _refuse_other_precision(name, config, _by_flags(arguments) if precision is None else precision)
+    if "scheduler" in config:
+        logger.warning("%s: its scheduler decides the course of the learning rate, not --lr-scheduler-type", name)
     _leave_to_flags(name, config, arguments)
     zero = config["zero_optimization"]
     if zero.get("stage") == 3 and not zero.get(GATHER):

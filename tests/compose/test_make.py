@@ -73,6 +73,7 @@ def test_a_machine_whose_gpus_are_ready_is_told_so(machine):
         (["evaluate", "MODEL=x", "WITH=compose"], "TEST_FILE is not set: make evaluate MODEL=... TEST_FILE=..."),
         (["chat"], "MODEL is not set: make chat MODEL=..."),
         (["quantize"], "MODEL is not set: make quantize MODEL=..."),
+        (["export"], "CKPT is not set: make export CKPT=..."),
     ],
 )
 def test_what_a_target_needs_is_asked_for_first(words, lacks):
@@ -102,6 +103,11 @@ def test_the_first_job_quantises_into_the_asked_type():
 def test_a_type_that_makes_a_folder_gets_the_name_of_one(type_, target):
     done = make("--dry-run", "quantize", "MODEL=models/demo", f"TYPE={type_}")
     assert f" quantize models/demo {target} --type {type_}" in done.stdout
+
+
+def test_a_checkpoint_is_exported_beside_itself(tmp_path):
+    done = make("--dry-run", "export", f"CKPT={tmp_path}/checkpoint-3", "MODEL=models/demo")
+    assert f" export {tmp_path}/checkpoint-3 {tmp_path}/checkpoint-3-export --base models/demo" in done.stdout
 
 
 @pytest.mark.parametrize(("engine", "profile"), [("auto", "cpu"), ("vllm", "gpu"), ("transformers", "gpu-int4")])

@@ -208,7 +208,8 @@ class TestOutput:
 
     def test_an_earlier_result_outlives_a_mistake(self, run, tmp_path):
         old = [tmp_path / "out" / "checkpoint-3" / "config.json", tmp_path / "out" / "model.safetensors"]
-        for file in old:
+        exported = tmp_path / "out" / "checkpoint-3-export" / "config.json"  # not this run's to remove
+        for file in (*old, exported):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("dear")
         for words in (("--max-source-length", 3), ("--train-file", "/no/such/file"), ("--quantization-bit", 4), FREEZE):
@@ -216,7 +217,7 @@ class TestOutput:
         assert all(file.read_text() == "dear" for file in old)
         with pytest.raises(Loading):
             run("--overwrite-output-dir")
-        assert not any(file.exists() for file in old)
+        assert not any(file.exists() for file in old) and exported.exists()
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ def test_every_field_that_the_trainer_compares_is_left_to_the_flags(written, tmp
 
     monkeypatch.setattr(HfTrainerDeepSpeedConfig, "fill_match", fill)
     config = zero.configuration(written(**ALL_OTHERS), arguments())
+    assert "its scheduler decides" in caplog.text
     trainers = HfTrainerDeepSpeedConfig(config)
     settings = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, learning_rate=arguments().rate)
     trainers.trainer_config_process(settings)
