@@ -88,10 +88,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 def _check_model(model: Path, adapter: Path | str | None, args: argparse.Namespace, settings: Settings) -> None:
     from entrypoints.engines.loading import check, engine_for
 
-    engine = engine_for(model)
-    if engine == "llamacpp" and (args.dtype != "auto" or args.device not in (None, "auto", "cpu")):
-        raise UserError("a GGUF file has its own precision and runs on the processor", "leave out --dtype and --device")
-    check(engine, model, {"adapter": Path(adapter)} if adapter else {}, device=args.device or settings.device)
+    adapters = {"adapter": Path(adapter)} if adapter else {}
+    check(engine_for(model), model, adapters, device=args.device or settings.device, dtype=args.dtype)
 
 
 def _load(

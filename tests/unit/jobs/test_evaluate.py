@@ -203,7 +203,7 @@ def test_a_gguf_file_is_scored_and_asked_as_its_source_was_taught(
 
 
 def test_what_a_gguf_file_cannot_take_is_refused(toy_gguf, evaluate):
-    assert "leave out --dtype and --device" in evaluate("--model", toy_gguf, "--dtype", "float32").mistake()
+    assert "--dtype float32 is not for a GGUF file" in evaluate("--model", toy_gguf, "--dtype", "float32").mistake()
     assert "a GGUF file cannot take adapters" in evaluate("--model", toy_gguf, "--adapter", "mine").mistake()
 
 
