@@ -82,12 +82,6 @@ class ChatMessage(Strict):
     audio: None = None
     function_call: None = None
 
-    def text(self) -> str:
-        """The content as one text."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
-
     @model_validator(mode="after")
     def _has_content(self) -> "ChatMessage":
         if self.content is None and not self.tool_calls:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from entrypoints.checkpoint.manifest import check_record, record_of
 from entrypoints.engines.base import Engine
-from entrypoints.engines.packages import WEIGHTS, require_packages
+from entrypoints.engines.packages import FILES, FOLDERS, require_packages
 from entrypoints.errors import UserError
 from entrypoints.settings import LOADS
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from entrypoints.checkpoint.native import NativeCheckpoint
 
 PACKAGES = {"transformers": "transformers", "llamacpp": "xllamacpp", "vllm": "vllm"}
-FILES = ("gguf", "xllamacpp")  # packages that a GGUF file is opened and run with
-FOLDERS = (*WEIGHTS, "transformers", "accelerate")  # and a folder
 FILE_DEVICES = ("auto", "cpu")  # where llama.cpp computes
 
 
@@ -62,13 +60,10 @@ def check(
 
 def require_engine(engine: str) -> None:
     """Raise UserError where a package that the engine stands on is not installed; imports none."""
-    if engine == "vllm":
-        if importlib.util.find_spec(PACKAGES[engine]) is None:
-            raise UserError(
-                f"the engine {engine} needs the package {PACKAGES[engine]}", "install it, or choose another --engine"
-            )
-        return
-    require_packages(*(FILES if engine == "llamacpp" else FOLDERS))
+    if engine != "vllm":
+        require_packages(*(FILES if engine == "llamacpp" else FOLDERS))
+    elif importlib.util.find_spec(PACKAGES[engine]) is None:
+        raise UserError(f"the engine {engine} needs the package vllm", "install it, or choose another --engine")
 
 
 def _check_file(model: Path, adapters: Mapping[str, Path], device: str, dtype: str, verify: bool) -> None:

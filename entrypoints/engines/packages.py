@@ -18,8 +18,10 @@ EXTRAS = {
 }
 WEIGHTS = ("torch", "numpy", "safetensors")  # to read and write a checkpoint
 CONVERTING = (*WEIGHTS, "sentencepiece")
-QUANTISING = (*CONVERTING, "transformers", "gguf", "xllamacpp")  # a GGUF file and its check
-FOLDERS = (*WEIGHTS, "transformers", "accelerate", "bitsandbytes")
+FILES = ("gguf", "xllamacpp")  # to open and run a GGUF file
+FOLDERS = (*WEIGHTS, "transformers", "accelerate")  # to open and run a folder
+SMALL_FOLDERS = (*FOLDERS, "bitsandbytes")  # one in 8 or 4 bits
+QUANTISING = (*CONVERTING, "transformers", *FILES)  # a GGUF file and its check
 TRAINING = (*CONVERTING, "transformers", "accelerate", "datasets")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from entrypoints.checkpoint.gguf import TYPES, WEIGHED
 from entrypoints.checkpoint.layout import FOLDER_TYPES
 from entrypoints.dataset.reading import Columns, Example, examples, read_rows
-from entrypoints.engines.packages import FOLDERS, QUANTISING, require_packages
+from entrypoints.engines.packages import QUANTISING, SMALL_FOLDERS, require_packages
 from entrypoints.errors import UserError
 from entrypoints.settings import Settings
 
@@ -74,7 +74,7 @@ def _folder(args: argparse.Namespace) -> "tuple[int, Comparison]":
         )
     if args.target.suffix == ".gguf":
         raise UserError(f"--type {args.type} makes a folder, {args.target} names a file", "leave out .gguf")
-    require_packages(*FOLDERS)
+    require_packages(*SMALL_FOLDERS)
     from entrypoints.engines.quantised_folder import quantise_folder
 
     return quantise_folder(args.folder, args.target, args.type)

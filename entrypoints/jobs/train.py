@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     if args.dry_run:
         _dry_run(arguments, layout, args.words)
         return
-    _preflight(arguments, layout)
+    preflight.check(arguments, layout)
     before = _rehearse(arguments, args, tests) if layout.node_rank == 0 else []
     if layout.processes == 1 and not arguments.deepspeed:  # DeepSpeed runs only where a launcher started it
         from entrypoints.training.trainer import train
@@ -98,17 +98,6 @@ def _take_part(arguments: object, args: argparse.Namespace, tests: list) -> None
         _prove(arguments, args, tests, before)
         os.write(answers, f"{args.output_dir}\n".encode())
     launch.leave()
-
-
-def _preflight(arguments: object, layout: object) -> None:
-    from entrypoints.training import preflight
-
-    need = preflight.check(arguments, layout)
-    host = need.host_memory(preflight.free_of_each_gpu(preflight.usable_gpus(arguments)))
-    logger.info(
-        "memory: %.1f GB for each process, %.1f of them for the longest batch; %.1f GB of the host (--dry-run: table)",
-        need.total / 1e9, need.activations / 1e9, host / 1e9,
-    )  # fmt: skip
 
 
 def _dry_run(arguments: object, layout: object, words: list[str]) -> None:

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="rows to learn: JSON lines, an array or objects; one file or more",
     )
-    data.add_argument("--validation-file", type=Path, help="rows whose loss is logged after each epoch")
+    data.add_argument(
+        "--validation-file", type=Path, help="rows whose loss is logged at the start and after each epoch"
+    )
     data.add_argument(
         "--test-file", type=Path, help="rows to answer and score at the end (with --predict-with-generate)"
     )

@@ -4,6 +4,7 @@ States (weights, gradients, optimizer) are arithmetic: bytes a number times numb
 Activations count what autograd keeps of each operation of the model; the fused attention keeps no matrix of scores.
 """
 
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -21,6 +22,7 @@ from entrypoints.training.arguments import PRESETS, TrainArguments, as_flag
 from entrypoints.training.launch import Layout
 from entrypoints.training.preparation import compute_dtype, precision
 
+logger = logging.getLogger(__name__)
 CONTEXT = 1.0e9  # bytes that CUDA, its libraries and the allocator's gaps take of each GPU
 PROCESS = 3.0e9  # bytes of host memory of a process with torch in it
 ADAM = 8  # bytes of state for each number that learns: two moments in float32
@@ -223,8 +225,8 @@ def refuse_hopeless(plan: Plan, gpu: float | None, host: float) -> None:
             )
 
 
-def check(arguments: TrainArguments, layout: Layout, gpus: int | None = None) -> Need:
-    """What the run needs of this machine, of whose GPUs the first `gpus` are looked at (None: those it takes).
+def check(arguments: TrainArguments, layout: Layout, gpus: int | None = None) -> None:
+    """Log what the run needs of this machine, of whose GPUs the first `gpus` are looked at (None: those it takes).
 
     Raises UserError for what cannot work here: shared memory or memory that is too small.
     """
@@ -233,7 +235,11 @@ def check(arguments: TrainArguments, layout: Layout, gpus: int | None = None) ->
     gpu = free_of_each_gpu(taken if gpus is None else min(gpus, taken))
     judged = plan(arguments, layout)
     refuse_hopeless(judged, gpu, available_memory())
-    return judged.need()
+    need = judged.need()
+    logger.info(
+        "memory: %.1f GB for each process, %.1f of them for the longest batch; %.1f GB of the host (--dry-run: table)",
+        need.total / 1e9, need.activations / 1e9, need.host_memory(gpu) / 1e9,
+    )  # fmt: skip
 
 
 def check_joined(arguments: TrainArguments, env: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from entrypoints.api.openai_schema import ChatRequest, CompletionRequest, TokenizeRequest
+from entrypoints.api.tools import to_turns
 from entrypoints.sampling import Sampling
 
 HELLO = [{"role": "user", "content": "你好"}]
@@ -133,7 +134,7 @@ def test_the_answer_of_openais_client_may_be_sent_back_as_it_is():
 
 def test_content_in_parts_is_one_text():
     parts = [{"type": "text", "text": "你"}, {"type": "text", "text": "好"}]
-    assert chat(messages=[{"role": "user", "content": parts}]).messages[0].text() == "你好"
+    assert to_turns(chat(messages=[{"role": "user", "content": parts}]).messages, [])[0].content == "你好"
 
 
 def test_the_count_of_messages_is_bounded():

@@ -16,7 +16,7 @@ from entrypoints.checkpoint import ggml
 from entrypoints.checkpoint.gguf import TYPES, open_gguf
 from entrypoints.checkpoint.layout import FOLDER_TYPES
 from entrypoints.engines import machine
-from entrypoints.engines.packages import EXTRAS, FOLDERS, QUANTISING, TRAINING
+from entrypoints.engines.packages import EXTRAS, QUANTISING, SMALL_FOLDERS, TRAINING
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -149,7 +149,7 @@ def test_each_extra_that_is_named_brings_its_package():
     assert len(EXTRAS) >= 10
     for package, extra in EXTRAS.items():
         assert package in [re.split(r"[^\w-]", line)[0] for line in extras[extra]]
-    assert {*QUANTISING, *FOLDERS, *TRAINING} == set(EXTRAS)
+    assert {*QUANTISING, *SMALL_FOLDERS, *TRAINING} == set(EXTRAS)
 
 
 @pytest.mark.parametrize("type_", FOLDER_TYPES)
