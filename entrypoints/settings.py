@@ -1,20 +1,23 @@
-"""Every environment variable this product reads: a flag beats a variable, a variable beats a default."""
+"""All environment variables of this product. Precedence: command line flag, environment variable, default."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TypeVar
 
-from entrypoints.errors import UserError
+from entrypoints.errors import UserError, read_remedy
 
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DEVICES = ("auto", "cuda", "mps", "cpu")
-LOADS = {"8bit": 8, "4bit": 4}  # what bitsandbytes makes of the matrices inside the layers, while they load
+LOAD_IN_BITS = {"8bit": 8, "4bit": 4}  # bits of the layer matrices that bitsandbytes quantizes while loading
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Secret:
-    """A value that never shows in a repr, an f-string or a log line; `.value` where the value itself is needed."""
+    """A value that is never part of a repr, an f-string or a log line; `.value` is the value itself."""
 
     value: str = field(default="", repr=False)
 
@@ -22,61 +25,86 @@ class Secret:
         return bool(self.value)
 
 
+NO_SECRET = Secret()
+
+
+def _setting(default: T, description: str) -> T:
+    return field(default=default, metadata={"description": description})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Resolved environment of a process; each field is read from the variable of the same name in capitals.
+    """Environment of a process; each field is read from the variable of the same name in capitals.
 
-    A secret may lie in a file instead, as container engines hand them out: API_KEY_FILE for API_KEY.
+    A secret can be in a file instead, as container engines mount it: API_KEY_FILE for API_KEY.
     """
 
-    model_path: str = ""  # folder of a converted checkpoint, the default of --model
-    adapter_path: str = ""  # folder of a converted adapter, the default of --adapter
-    device: str = "auto"  # auto | cuda | mps | cpu
-    hf_endpoint: str = "https://huggingface.co"  # a mirror of the hub is named here
-    hf_token: Secret = Secret()  # only for gated or private repositories
-    modelscope_endpoint: str = "https://www.modelscope.cn"
-    api_keys_file: str = ""  # keys of glm serve, made by glm key
-    api_key: Secret = Secret()  # one more key, for a server with a single caller
-    api_url: str = ""  # server that the chat pages talk to, the default of --api
-    page_password: Secret = Secret()  # what visitors of glm web must know
-    output_dir: str = ""  # run that the training page shows
-    log_format: str = "text"  # text | json
-    log_level: str = "info"  # debug | info | warning | error
+    model_path: str = _setting("", "Folder of a converted checkpoint, or a GGUF file; default of `--model`")
+    adapter_path: str = _setting("", "Folder of a converted adapter; default of `--adapter`")
+    device: str = _setting("auto", "Device of the transformers engine: auto, cuda, mps or cpu")
+    hf_endpoint: str = _setting("https://huggingface.co", "Hugging Face hub or a mirror of it")
+    hf_token: Secret = field(default=NO_SECRET, metadata={"description": "Token for gated or private repositories"})
+    modelscope_endpoint: str = _setting("https://www.modelscope.cn", "ModelScope hub or a mirror of it")
+    api_keys_file: str = _setting("", "Key file of `glm serve`, written by `glm key`")
+    api_key: Secret = field(
+        default=NO_SECRET,
+        metadata={"description": "One more API key of `glm serve`, for a server with a single client"},
+    )
+    api_url: str = _setting("", "API server that the chat pages use; default of `--api`")
+    page_password: Secret = field(
+        default=NO_SECRET, metadata={"description": "Password that visitors of `glm web` enter"}
+    )
+    page_users_file: str = _setting("", "Users file of `glm web`, written by `glm user`; in place of a page password")
+    feedback_dir: str = _setting(
+        "", "Folder for ratings and corrections of visitors; default of `--feedback-dir` of `glm web`"
+    )
+    output_dir: str = _setting("", "Run that the training page shows; default of `--output-dir` of `glm web`")
+    log_format: str = _setting("text", "Format of log lines: text or json")
+    log_level: str = _setting("info", "Lowest level that is logged: debug, info, warning or error")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
-        """Read the variables; an empty one, or an empty file of a secret, counts as unset.
+        """Read the variables; an empty variable, or an empty file of a secret, counts as unset.
 
-        Raises UserError naming every variable whose value is none of the allowed ones, or the file that is not there.
+        Raises UserError: names all variables with an invalid value, or the file that cannot be read.
         """
-        given = {f.name: f.type(env[f.name.upper()]) for f in fields(cls) if env.get(f.name.upper())}
+        values: dict[str, str | Secret] = {}
         for f in fields(cls):
-            if f.type is Secret and f.name not in given:
-                given[f.name] = Secret(_from_file(f"{f.name.upper()}_FILE", env))
-        settings = cls(**given)
+            value = env.get(f.name.upper(), "")
+            if f.type is Secret:
+                values[f.name] = Secret(value or _read_secret_file(f"{f.name.upper()}_FILE", env))
+            elif value:
+                values[f.name] = value
+        settings = cls(**values)  # type: ignore[arg-type]  # Secret and str go to fields of that type
         allowed = {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS, "device": DEVICES}
-        wrong = [
+        invalid = [
             f"{name.upper()}={getattr(settings, name)}"
             for name in allowed
             if getattr(settings, name) not in allowed[name]
         ]
-        if wrong:
-            choices = ", ".join(f"{name.upper()} {'|'.join(values)}" for name, values in allowed.items())
-            raise UserError(f"not understood: {', '.join(wrong)}", f"allowed are {choices}")
+        if invalid:
+            choices = ", ".join(f"{name.upper()} {'|'.join(allowed[name])}" for name in allowed)
+            raise UserError(f"invalid value: {', '.join(invalid)}", f"allowed are {choices}")
         return settings
 
+    def changed(self) -> str:
+        """The variables that are set, one after the other; of a secret only that it is set."""
+        values = {f.name.upper(): getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        shown = (f"{name}={'(set)' if isinstance(value, Secret) else value}" for name, value in values.items())
+        return ", ".join(shown) or "defaults"
+
     def secrets(self) -> list[str]:
-        """Values that must never reach a log."""
+        """Values that must not appear in a log."""
         values = (getattr(self, f.name) for f in fields(self))
         return [value.value for value in values if isinstance(value, Secret) and value]
 
 
-def _from_file(variable: str, env: Mapping[str, str]) -> str:
-    """First line of the file that the variable names; empty where it names none."""
+def _read_secret_file(variable: str, env: Mapping[str, str]) -> str:
+    """First line of the file that the variable names; empty if the variable is not set."""
     if not env.get(variable):
         return ""
     try:
         return Path(env[variable]).read_text(encoding="utf-8").partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError) as error:
-        problem = f"{variable}={env[variable]} cannot be read ({error})"
-        raise UserError(problem, "name a text file that this user may read") from error
+        remedy = read_remedy(error, env[variable], "name a readable text file")
+        raise UserError(f"{variable}={env[variable]} cannot be read ({error})", remedy) from error

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedding_models import EmbeddingModel, write_bert
 
+from entrypoints.chat_format.prompt import PromptFormat
+from entrypoints.chat_format.sampling import Sampling
 from entrypoints.checkpoint.conversion import convert_to_native
-from entrypoints.checkpoint.gguf_writing import write_gguf
-from entrypoints.demo.model import write_toy
-from entrypoints.engines.logits import Penalties
-from entrypoints.prompt import PromptFormat
-from entrypoints.sampling import Sampling
+from entrypoints.demo.model import write_demo_model
+from entrypoints.engines.transformers.logits_processors import PenaltyProcessor
+from entrypoints.quantization.gguf_writer import write_gguf
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Two threads of a toy wait for each other as soon as something else wants a core: beside two busy programs, 89 tests of
@@ -49,6 +50,15 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_family() -> Path:
+    """The same of the related families."""
+    folder = Path(os.environ.get("GOLDEN_FAMILY_DIR", REPOSITORY.parent / "shared" / "golden-family"))
+    if not folder.is_dir():
+        pytest.skip(f"no reference data at {folder} (set GOLDEN_FAMILY_DIR)")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def golden_native(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference's tiny checkpoint, converted."""
     target = tmp_path_factory.mktemp("golden") / "native"
@@ -67,7 +77,7 @@ def sample_rows() -> list[dict]:
 def toy_original(sample_rows: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's untrained toy in the original layout; copy it before changing it."""
     folder = tmp_path_factory.mktemp("toy") / "original"
-    write_toy(folder, [row[column] for row in sample_rows for column in ("content", "summary")])
+    write_demo_model(folder, [row[column] for row in sample_rows for column in ("content", "summary")])
     return folder
 
 
@@ -88,6 +98,15 @@ def toy_gguf(toy_native: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def embedding_model(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingModel:
+    """A tiny encoder as a GGUF file, and its reference."""
+    return write_bert(
+        tmp_path_factory.mktemp("embeddings") / "bert.gguf",
+        [*"北京上海天气你好裙子年，。,.()%ab", "##b", "work", "##ing", "##er", "##s", "cafe", "2024", "5", "##0"],
+    )
+
+
+@pytest.fixture(scope="session")
 def same_but_for_ties() -> Callable:
     """Check greedy ids against transformers', up to where two tokens were too near to tell apart in half precision."""
 
@@ -98,7 +117,7 @@ def same_but_for_ties() -> Callable:
             return
         ids = torch.tensor([[*prompt, *expected[: differing[0]]]])
         with torch.inference_mode():
-            scores = Penalties(sampling, len(prompt))(ids, model(ids).logits[:, -1].float())[0]
+            scores = PenaltyProcessor(sampling, len(prompt))(ids, model(ids).logits[:, -1].float())[0]
         assert abs(float(scores[found[differing[0]]] - scores[expected[differing[0]]])) < 1e-2, differing[0]
 
     return check

@@ -1,167 +1,197 @@
-"""From an engine's thread to the event loop: one answer as pieces of text, with stop strings, log probabilities and
-tool calls. Cancelling the iterator stops the engine before the slot is given on."""
+"""From an engine's thread to the event loop: one choice as a sequence of deltas.
+
+Stop strings, log probabilities and tool calls are handled here. Cancelling the iterator stops the engine before the
+slot is released.
+"""
 
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import anyio
 
-from entrypoints.answer import AnswerReader, TextStream, ToolCall
+from entrypoints.chat_format.answer_parser import AnswerParser, IncrementalDetokenizer, decode
+from entrypoints.chat_format.sampling import Sampling
+from entrypoints.chat_format.tool_calls import ToolCall
 from entrypoints.engines.base import Engine, Token
-from entrypoints.sampling import Sampling
-
-END = object()
 
 
 @dataclass(frozen=True)
-class Task:
-    """One answer to generate; `opening` are ids that the answer is made to begin with."""
+class GenerationTask:
+    """One choice to generate."""
 
     prompt: list[int]
     sampling: Sampling
     adapter: str | None = None
-    stops: Sequence[str] = ()
+    stop: Sequence[str] = ()
     tools: Sequence[str] = ()
-    opening: tuple[int, ...] = ()
-    chat: bool = True  # False: a plain continuation, not read as an answer
+    single_call: bool = False  # the answer ends after its first tool call
+    is_chat: bool = True  # False: a text completion, which is not parsed as a chat answer
+    echo_from: int | None = None  # the response starts with the prompt from this id on
+    continues: bool = True  # False: nothing is generated after the prompt
 
 
 @dataclass
-class Piece:
-    """What one step added; the last piece has a `finish_reason`."""
+class Delta:
+    """What one step added to a choice; the last delta has a `finish_reason`."""
 
     text: str = ""
+    echoed: list[Token] = field(default_factory=list)  # ids of the prompt with their log probabilities
     tokens: list[Token] = field(default_factory=list)
-    calls: list[ToolCall] = field(default_factory=list)
+    tool_calls: list[ToolCall] = field(default_factory=list)
     finish_reason: str | None = None
 
 
 class StopStrings:
-    """Cuts a growing text at the stop string that is complete first, also one that arrives in parts."""
+    """Cuts a growing text before the stop string that is completed first, even one that spans several deltas."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
         self._held = ""
         self.found = False
 
     def feed(self, text: str) -> str:
-        """Text that cannot belong to a stop string any more."""
-        if not self._stops:
+        """The text that can no longer be part of a stop string."""
+        if not self._stop:
             return text
         self._held += text
-        places = ((self._held.find(stop), len(stop)) for stop in self._stops)
-        ends = [(start + length, start) for start, length in places if start >= 0]
+        matches = ((self._held.find(stop), len(stop)) for stop in self._stop)
+        ends = [(start + length, start) for start, length in matches if start >= 0]
         if ends:
             self.found = True
-            shown, self._held = self._held[: min(ends)[1]], ""
-            return shown
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown
+            released, self._held = self._held[: min(ends)[1]], ""
+            return released
+        keep = max((self._overlap(stop) for stop in self._stop), default=0)
+        released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return released
 
     def finish(self) -> str:
-        """What was held back and is no stop string after all."""
-        shown, self._held = self._held, ""
-        return shown
+        """The held-back text, which did not become a stop string."""
+        released, self._held = self._held, ""
+        return released
 
     def _overlap(self, stop: str) -> int:
-        """How many characters at the end of the held text begin this stop string."""
+        """How many characters at the end of the held text are a prefix of this stop string."""
         longest = min(len(stop) - 1, len(self._held))
         return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
 
 
-class _Plain:
-    """A continuation read like an answer, without header or calls."""
+class _TextReader(Protocol):
+    """Turns ids into text for the client."""
 
-    def __init__(self, engine: Engine) -> None:
-        stream = TextStream(engine.tokenizer, continues=True)
-        self.feed, self.finish = stream.feed, stream.finish
-        self.calls: list[ToolCall] = []
+    def feed(self, id_: int, /) -> str: ...
+
+    def finish(self) -> str: ...
 
 
-async def generate(engine: Engine, pool: ThreadPoolExecutor, task: Task) -> AsyncIterator[Piece]:
-    """Yield pieces as they come; an error of the engine is raised here."""
-    reader = AnswerReader(engine.tokenizer, task.tools) if task.chat else _Plain(engine)
-    stops, count = StopStrings(task.stops), 0
-    for id_ in task.opening:
-        reader.feed(id_)
+async def generate(engine: Engine, pool: ThreadPoolExecutor, task: GenerationTask) -> AsyncGenerator[Delta, None]:
+    """Yield deltas as they are generated; an exception of the engine is raised here."""
+    parser = AnswerParser(engine.tokenizer, task.tools) if task.is_chat else None
+    reader: _TextReader = parser or IncrementalDetokenizer(engine.tokenizer, continues=True)
+    stop, count = StopStrings(task.stop), 0
+    if task.echo_from is not None:
+        yield await _echo(engine, pool, task)
+    if not task.continues:
+        yield Delta(finish_reason="length")
+        return
     async with contextlib.aclosing(_tokens(engine, pool, task)) as tokens:
         async for token in tokens:
             count += 1
-            piece = Piece(stops.feed(reader.feed(token)), [token])
-            if stops.found:
-                piece.finish_reason = "stop"
-                yield piece
+            delta = Delta(stop.feed(reader.feed(token)), tokens=[token])
+            if stop.found:
+                delta.finish_reason = "stop"
+                yield delta
                 return
-            yield piece
-    last = Piece(stops.feed(reader.finish()))
-    if not stops.found:
-        last.text += stops.finish()
-    last.calls = reader.answer.tool_calls if task.chat else []
-    cut = count >= task.sampling.max_new_tokens and not stops.found
-    last.finish_reason = "tool_calls" if last.calls else "length" if cut else "stop"
+            yield delta
+            if task.single_call and parser and parser.answer.tool_calls:
+                break
+    is_cut = count >= task.sampling.max_new_tokens
+    last = Delta(stop.feed(parser.finish(is_cut) if parser else reader.finish()))
+    if not stop.found:
+        last.text += stop.finish()
+    last.tool_calls = parser.answer.tool_calls if parser else []
+    last.finish_reason = "tool_calls" if last.tool_calls else "length" if is_cut and not stop.found else "stop"
     yield last
 
 
-async def _tokens(engine: Engine, pool: ThreadPoolExecutor, task: Task) -> AsyncIterator[Token]:
-    loop, queue, gone = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+async def _echo(engine: Engine, pool: ThreadPoolExecutor, task: GenerationTask) -> Delta:
+    """The prompt as a part of the response, with log probabilities if they are requested."""
+    prompt, top_logprobs = task.prompt, task.sampling.top_logprobs
+    text = decode(prompt[task.echo_from :], engine.tokenizer)
+    if top_logprobs is None:
+        return Delta(text)
+    cancelled = threading.Event()
+    loop = asyncio.get_running_loop()
+    worker = loop.run_in_executor(pool, engine.score, prompt, top_logprobs, task.adapter, cancelled)
+    try:
+        await asyncio.wait([worker])
+    finally:
+        cancelled.set()
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([worker])
+    return Delta(text, worker.result()[task.echo_from :])
 
-    def hand_over(item: object) -> None:
+
+async def _tokens(engine: Engine, pool: ThreadPoolExecutor, task: GenerationTask) -> AsyncGenerator[Token, None]:
+    loop, cancelled = asyncio.get_running_loop(), threading.Event()
+    queue: asyncio.Queue[Token | BaseException | None] = asyncio.Queue()  # None: end of the answer
+
+    def put(item: Token | BaseException | None) -> None:
         loop.call_soon_threadsafe(queue.put_nowait, item)
 
-    def work() -> None:
-        """Hand every token over, then END or what failed."""
+    def run_engine() -> None:
+        """Put every token into the queue, then None or the exception."""
         try:
-            with contextlib.closing(engine.generate(task.prompt, task.sampling, task.adapter, gone)) as tokens:
+            with contextlib.closing(engine.generate(task.prompt, task.sampling, task.adapter, cancelled)) as tokens:
                 for token in tokens:
-                    if gone.is_set():
+                    if cancelled.is_set():
                         break
-                    hand_over(token)
+                    put(token)
         except BaseException as error:  # noqa: BLE001 - raised again by the waiting request
-            hand_over(error)
+            put(error)
         else:
-            hand_over(END)
+            put(None)
 
-    worker = loop.run_in_executor(pool, work)
+    worker = loop.run_in_executor(pool, run_engine)
     try:
-        while (item := await queue.get()) is not END:
+        while (item := await queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
-        gone.set()
+        cancelled.set()
         with anyio.CancelScope(shield=True):
             await worker
 
 
-async def merged(iterators: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tuple[int, Piece]]:
-    """Pieces of several answers as they come, each with its answer's number; an error of one ends all."""
-    queue: asyncio.Queue = asyncio.Queue()
+async def merge(generators: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Deltas of several choices as they arrive, each with the index of its choice; an error in one cancels all."""
+    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()  # None: end of this choice
 
-    async def pump(number: int, pieces: AsyncIterator[Piece]) -> None:
+    async def pump(index: int, deltas: AsyncGenerator[Delta, None]) -> None:
         try:
-            async with contextlib.aclosing(pieces):
-                async for piece in pieces:
-                    queue.put_nowait((number, piece))
+            async with contextlib.aclosing(deltas):
+                async for delta in deltas:
+                    queue.put_nowait((index, delta))
         except Exception as error:  # noqa: BLE001 - raised again below
-            queue.put_nowait((number, error))
-        queue.put_nowait((number, END))
+            queue.put_nowait((index, error))
+        queue.put_nowait((index, None))
 
-    pumps = [asyncio.create_task(pump(number, pieces)) for number, pieces in enumerate(iterators)]
+    pumps = [asyncio.create_task(pump(index, deltas)) for index, deltas in enumerate(generators)]
     try:
         running = len(pumps)
         while running:
-            number, item = await queue.get()
-            if item is END:
+            index, item = await queue.get()
+            if item is None:
                 running -= 1
             elif isinstance(item, Exception):
                 raise item
             else:
-                yield number, item
+                yield index, item
     finally:
         for task in pumps:
             task.cancel()

@@ -1,138 +1,162 @@
-"""From a request to the tasks of the engine: model, prompt ids, features, all checked before any runs."""
+"""From a request body to generation tasks: model, prompt ids and parameters are all checked before any task runs."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from entrypoints.api.errors import ApiError
-from entrypoints.api.generation import Task
-from entrypoints.api.openai_schema import ChatRequest, CompletionRequest, Request, TokenizeRequest
-from entrypoints.api.server import Serving
-from entrypoints.api.tools import call_opening, forced_tool, to_turns
+from entrypoints.api.generation import GenerationTask
+from entrypoints.api.openai_schema import ChatMessage, ChatRequest, CompletionRequest, TokenizeRequest, Tool
+from entrypoints.api.state import ServerState
+from entrypoints.api.tools import required_call_grammar, to_prompt_messages
+from entrypoints.chat_format.sampling import Sampling
+from entrypoints.engines.base import Engine
 from entrypoints.errors import UserError
-from entrypoints.prompt import PromptFormat
-from entrypoints.sampling import Sampling
 
-MOST_ANSWERS = 64  # of one request, prompts times n
+TEXT_START = ("[gMASK]", "<sop>")  # special tokens before a text without the chat format
+MAX_CHOICES = 64  # of one request: prompts times n
 
 
-def chat_tasks(serving: Serving, body: ChatRequest) -> list[Task]:
-    """One task for each of the `n` answers. Raises ApiError naming the field that cannot be served."""
-    engine, adapter = serving.engine, _adapter(serving, body)
+def build_chat_tasks(state: ServerState, body: ChatRequest) -> list[GenerationTask]:
+    """One task for each of the `n` choices. Raises ApiError that names the field at fault."""
+    engine, adapter = state.require_engine(), _adapter(state, body.model)
     tools = [] if body.tool_choice == "none" else body.tools or []
     try:
-        forced = forced_tool(body.tool_choice, tools)
+        grammar = required_call_grammar(body.tool_choice, tools, engine.tokenizer.family)
     except UserError as error:
         raise ApiError(400, str(error), "tool_choice") from error
-    sampling = _checked(serving, body.chat_sampling())
-    if forced and sampling.json_schema is not None:
-        raise ApiError(400, "a forced tool call and a response_format exclude each other", "response_format")
-    prompt = _conversation(serving, adapter, body, tools)
-    opening = [id_ for text in (call_opening(forced) if forced else ()) for id_ in engine.tokenizer.encode(text)]
-    task = Task(
-        [*prompt, *opening],
-        sampling,
-        adapter,
-        body.stops(),
-        [tool.function.name for tool in tools],
-        tuple(opening),
+    sampling = replace(body.sampling(), grammar=grammar)
+    _check_features(engine, sampling)
+    if grammar and sampling.json_schema is not None:
+        raise ApiError(400, "a required tool call and response_format cannot be combined", "response_format")
+    prompt = encode_messages(engine, adapter, body.messages, tools)
+    task = GenerationTask(
+        prompt=prompt,
+        sampling=sampling,
+        adapter=adapter,
+        stop=body.stop_strings(),
+        tools=[tool.function.name for tool in tools],
+        single_call=body.parallel_tool_calls is False,
     )
-    return _repeated(serving, [task], body.n or 1, "messages")
+    return _repeat(engine, [task], body.n or 1, "messages")
 
 
-def completion_tasks(serving: Serving, body: CompletionRequest) -> list[Task]:
-    """Prompts times n tasks, the answers to one prompt side by side."""
-    adapter = _adapter(serving, body)
-    sampling = _checked(serving, body.sampling(top_logprobs=body.logprobs))
-    prompts = [_ids(serving, prompt) for prompt in _prompts(body.prompt)]
-    tasks = [Task(prompt, sampling, adapter, body.stops(), chat=False) for prompt in prompts]
-    return _repeated(serving, tasks, body.n or 1, "prompt")
-
-
-def token_ids(serving: Serving, body: TokenizeRequest) -> list[int]:
-    """Ids of the prompt that these messages make, or of the text alone."""
-    adapter = _adapter(serving, body)
-    if body.prompt is not None:
-        return serving.engine.tokenizer.encode(body.prompt)
-    return _conversation(serving, adapter, body, body.tools or [])
-
-
-def _adapter(serving: Serving, body: Request | TokenizeRequest) -> str | None:
-    models = serving.models()
-    if body.model is None:
-        return None
-    if body.model not in models:
-        raise ApiError(
-            404, f"there is no model {body.model!r}; there are {', '.join(models)}", "model", "model_not_found"
+def build_completion_tasks(state: ServerState, body: CompletionRequest) -> list[GenerationTask]:
+    """Prompts times n tasks; the choices of one prompt are adjacent. Raises ApiError that names the field at fault."""
+    engine, adapter = state.require_engine(), _adapter(state, body.model)
+    sampling = body.sampling()
+    _check_features(engine, sampling)
+    if body.echo and sampling.top_logprobs is not None and "prompt_logprobs" not in engine.features:
+        problem = f"the engine {engine.name} does not support echo with logprobs"
+        raise ApiError(400, problem, "echo", "unsupported_parameter")
+    tasks = [
+        GenerationTask(
+            prompt=_encode_prompt(engine, prompt),
+            sampling=sampling,
+            adapter=adapter,
+            stop=body.stop_strings(),
+            is_chat=False,
+            # without the special tokens that precede a text
+            echo_from=(len(TEXT_START) if isinstance(prompt, str) else 0) if body.echo else None,
+            continues=body.max_tokens != 0,
         )
-    return models[body.model]
+        for prompt in _prompts(body.prompt)
+    ]
+    return _repeat(engine, tasks, body.n or 1, "prompt")
 
 
-def _conversation(serving: Serving, adapter: str | None, body: ChatRequest | TokenizeRequest, tools: list) -> list[int]:
+def tokenize_request(state: ServerState, body: TokenizeRequest) -> list[int]:
+    """Ids of the prompt of these messages, or of the text alone. Raises ApiError that names the field at fault."""
+    engine, adapter = state.require_engine(), _adapter(state, body.model)
+    if body.prompt is not None:
+        return engine.tokenizer.encode(body.prompt)
+    return encode_messages(engine, adapter, body.messages or [], body.tools or [])
+
+
+def _adapter(state: ServerState, model: str | None) -> str | None:
+    """Adapter of a model name; None for the base model."""
+    if model is None:
+        return None
+    models = state.models()
+    if model not in models:
+        raise state.model_not_found(model, models)
+    return models[model]
+
+
+def encode_messages(
+    engine: Engine, adapter: str | None, messages: Sequence[ChatMessage], tools: Sequence[Tool]
+) -> list[int]:
+    """Ids of the prompt of a conversation. Raises ApiError (400): it has no valid form, or is too long."""
+    prompt_format = engine.adapters[adapter] if adapter else engine.prompt_format
     try:
-        turns = to_turns(body.messages, tools)
-        _refuse_hopeless(serving, sum(len(turn.content) for turn in turns), "messages")
-        return _format(serving, adapter).encode(turns, serving.engine.tokenizer)
+        prompt_messages = to_prompt_messages(messages, tools)
+        _check_minimum_length(engine, sum(len(message.content) for message in prompt_messages), "messages")
+        return prompt_format.encode(prompt_messages, engine.tokenizer)
     except UserError as error:
         raise ApiError(400, str(error), "messages", "invalid_messages") from error
 
 
-def _refuse_hopeless(serving: Serving, letters: int, param: str) -> None:
-    """Refuse a text that cannot fit however it is encoded: encoding takes seconds for megabytes."""
-    least, window = letters // serving.engine.tokenizer.longest, serving.engine.window
-    if least >= window:
-        raise ApiError(
-            400, f"the prompt has {least} tokens or more, the window {window}", param, "context_length_exceeded"
-        )
+def _check_minimum_length(engine: Engine, characters: int, param: str) -> None:
+    """Reject a text that is too long for any encoding of it: encoding megabytes takes seconds."""
+    minimum = characters // engine.tokenizer.max_token_bytes
+    if minimum >= engine.context_length:
+        raise _context_length_error(f"{minimum} or more", engine, param)
 
 
-def _format(serving: Serving, adapter: str | None) -> PromptFormat:
-    return serving.engine.adapters[adapter] if adapter else serving.engine.prompt_format
+def _context_length_error(tokens: str, engine: Engine, param: str) -> ApiError:
+    message = f"the prompt has {tokens} tokens, the context length is {engine.context_length}"
+    return ApiError(400, message, param, "context_length_exceeded")
 
 
-def _checked(serving: Serving, sampling: Sampling) -> Sampling:
-    """Refuse what this engine cannot do, rather than leave it out unseen."""
+def _check_features(engine: Engine, sampling: Sampling) -> None:
+    """Reject what this engine does not support, instead of ignoring it."""
     fields = {
         "seed": (sampling.seed is not None, "seed"),
         "top_logprobs": (sampling.top_logprobs is not None, "logprobs"),
         "json_schema": (sampling.json_schema is not None, "response_format"),
+        "grammar": (sampling.grammar is not None, "tool_choice"),
         "repetition_penalty": (sampling.repetition_penalty != 1, "repetition_penalty"),
         "frequency_penalty": (sampling.frequency_penalty != 0, "frequency_penalty"),
         "presence_penalty": (sampling.presence_penalty != 0, "presence_penalty"),
     }
-    for feature, (used, param) in fields.items():
-        if used and feature not in serving.engine.features:
-            raise ApiError(400, f"the engine {serving.engine.name} cannot do {param}", param, "unsupported_parameter")
-    return sampling
+    for feature, (is_used, param) in fields.items():
+        if is_used and feature not in engine.features:
+            raise ApiError(400, f"the engine {engine.name} does not support {param}", param, "unsupported_parameter")
 
 
-def _prompts(prompt: str | list) -> list[str | list[int]]:
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        return [prompt]
-    return prompt
-
-
-def _ids(serving: Serving, prompt: str | list[int]) -> list[int]:
-    tokenizer = serving.engine.tokenizer
+def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """The prompts of a completion request, each as text or ids."""
     if isinstance(prompt, str):
-        _refuse_hopeless(serving, len(prompt), "prompt")
-        return [tokenizer.control("[gMASK]"), tokenizer.control("<sop>"), *tokenizer.encode(prompt)]
+        return [prompt]
+    ids = [item for item in prompt if isinstance(item, int)]
+    return [ids] if ids else [item for item in prompt if not isinstance(item, int)]
+
+
+def _encode_prompt(engine: Engine, prompt: str | list[int]) -> list[int]:
+    tokenizer = engine.tokenizer
+    if isinstance(prompt, str):
+        _check_minimum_length(engine, len(prompt), "prompt")
+        special = [tokenizer.special_token_id(name) for name in TEXT_START]
+        return [*special, *tokenizer.encode(prompt)]
     if not prompt or max(prompt) >= tokenizer.size:
-        raise ApiError(400, f"a prompt of ids needs at least one, each below {tokenizer.size}", "prompt")
+        raise ApiError(
+            400, f"a prompt of token ids must not be empty, and each id must be below {tokenizer.size}", "prompt"
+        )
     return prompt
 
 
-def _repeated(serving: Serving, tasks: list[Task], n: int, param: str) -> list[Task]:
-    """Check the window and give each answer its own seed; `param` is the field that the prompts came from."""
-    if not tasks or len(tasks) * n > MOST_ANSWERS:
-        raise ApiError(400, f"{len(tasks) * n} answers are asked for, 1 to {MOST_ANSWERS} can be", param)
-    window = serving.engine.window
+def _repeat(engine: Engine, tasks: list[GenerationTask], n: int, param: str) -> list[GenerationTask]:
+    """Each task n times with its own seed and token limit; `param` is the field that the prompts came from."""
+    if not tasks or len(tasks) * n > MAX_CHOICES:
+        raise ApiError(400, f"the request has {len(tasks) * n} choices, allowed are 1 to {MAX_CHOICES}", param)
     longest = max(len(task.prompt) for task in tasks)
-    if longest >= window:
-        raise ApiError(400, f"the prompt has {longest} tokens, the window {window}", param, "context_length_exceeded")
-    return [_numbered(task, window, number) for task in tasks for number in range(n)]
+    if longest >= engine.context_length:
+        raise _context_length_error(str(longest), engine, param)
+    return [_choice_task(task, engine.context_length, index) for task in tasks for index in range(n)]
 
 
-def _numbered(task: Task, window: int, number: int) -> Task:
+def _choice_task(task: GenerationTask, context_length: int, index: int) -> GenerationTask:
+    """The task of choice `index` of a prompt."""
     sampling = task.sampling
-    room = min(sampling.max_new_tokens, window - len(task.prompt))
-    seed = None if sampling.seed is None else (sampling.seed + number) % 2**32
-    return replace(task, sampling=replace(sampling, max_new_tokens=room, seed=seed))
+    max_new_tokens = min(sampling.max_new_tokens, context_length - len(task.prompt))
+    seed = None if sampling.seed is None else (sampling.seed + index) % 2**32
+    return replace(task, sampling=replace(sampling, max_new_tokens=max_new_tokens, seed=seed))

@@ -1,75 +1,71 @@
-"""The state of one server: its engine and how it came up, who may ask, what runs; no route is here."""
+"""Uvicorn with the application: the first signal drains, the second exits at once, a failed load stops the process."""
 
+import asyncio
 import logging
-import threading
+import os
+import signal
+import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from types import FrameType
 
-from entrypoints.api.auth import KeyRing
-from entrypoints.api.limits import Admission
-from entrypoints.api.metrics import Metrics
-from entrypoints.engines.base import Engine
+import uvicorn
+
+from entrypoints.api.app import create_app
+from entrypoints.api.connections import BACKLOG, LimitedProtocol
+from entrypoints.api.state import Models, ServerState
 
 logger = logging.getLogger(__name__)
+FINAL_RESPONSE_SECONDS = 5  # after the drain, for the errors that cancelled requests receive
 
 
-@dataclass(frozen=True)
-class Options:
-    """What `glm serve` is told; sizes in bytes and requests."""
+class _DrainingServer(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, state: ServerState, drain_seconds: int) -> None:
+        super().__init__(config)
+        self.state = state
+        self.drain_seconds = drain_seconds
 
-    model: str  # name in /v1/models
-    slots: int
-    queue: int = 64
-    cors_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 4 << 20
-    log_prompts: bool = False
-    root_path: str = ""
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Start to drain. Unlike uvicorn, do not raise the signal again at the end: a drained server exits with 0."""
+        if self.should_exit:
+            logger.warning("%s received again: exiting now", signal.Signals(sig).name)
+            os._exit(128 + sig)  # a forward pass may take long, and the interpreter would wait for its thread
+        admission = self.state.admission
+        unfinished = sum(one.running + one.waiting for one in (admission, self.state.embedding_queue))
+        logger.info("%s received: no new requests are accepted; %d still running", signal.Signals(sig).name, unfinished)
+        admission.draining = True
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for running requests, at most `drain_seconds`."""
+        asyncio.get_running_loop().call_later(self.drain_seconds, self.state.admission.drain_expired.set)
+        await super().shutdown(sockets)
 
 
-class Serving:
-    """One server. `load` runs in a thread, so that /healthz answers from the first second."""
+def serve(
+    state: ServerState, load: Callable[[], Models], listener: socket.socket, drain_seconds: int, keep_alive_seconds: int
+) -> None:
+    """Serve until a signal; raises the exception of a failed load."""
+    config = uvicorn.Config(
+        create_app(state),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        http=LimitedProtocol,
+        ws="none",
+        backlog=BACKLOG,
+        timeout_keep_alive=keep_alive_seconds,
+        timeout_graceful_shutdown=drain_seconds + FINAL_RESPONSE_SECONDS,
+    )
+    server = _DrainingServer(config, state, drain_seconds)
 
-    def __init__(self, options: Options, keys: KeyRing, engine_name: str) -> None:
-        self.options = options
-        self.keys = keys
-        self.engine: Engine | None = None
-        self.error: BaseException | None = None
-        self.admission = Admission(options.slots, options.queue)
-        self.metrics = Metrics(self.admission, engine_name, options.model)
-        # one thread an answer: a waiting request holds none
-        self.pool = ThreadPoolExecutor(options.slots, thread_name_prefix="answer")
+    def stop() -> None:
+        server.should_exit = True
 
-    def start(self, load: Callable[[], Engine], failed: Callable[[], None]) -> None:
-        """Load the engine in the background; `failed` is called after `error` is set."""
-
-        def work() -> None:
-            try:
-                self.engine = load()
-                logger.info("ready: %s on %s", self.options.model, self.engine.name)
-            except BaseException as error:  # noqa: BLE001 - the command raises it in its own thread
-                self.error = error
-                failed()
-
-        threading.Thread(target=work, name="load", daemon=True).start()
-
-    @property
-    def broken(self) -> str | None:
-        """Why the process should be replaced, if it should."""
-        return self.engine.broken if self.engine else None
-
-    @property
-    def ready(self) -> bool:
-        """May requests come?"""
-        return self.engine is not None and self.broken is None and not self.admission.draining
-
-    def models(self) -> dict[str, str | None]:
-        """Names to ask for, and the adapter each stands for; None is the model itself."""
-        adapters = self.engine.adapters if self.engine else {}
-        return {self.options.model: None, **{name: name for name in adapters}}
-
-    def close(self) -> None:
-        """Give engine and threads back."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        if self.engine:
-            self.engine.close()
+    state.start_loading(load, stop)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        state.close()
+    if state.load_error:
+        raise state.load_error

@@ -1,160 +1,198 @@
-"""The vocabulary: a SentencePiece `tokenizer.model` to an exact `tokenizer.json`, and the tokenizer everything uses.
+"""Converts the vocabulary of a family to an exactly equal `tokenizer.json`, and loads the latter."""
 
-Limit: only BPE models with byte fallback and the identity normalizer, as ChatGLM3's is.
-"""
-
-import logging
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, processors
+from tokenizers import processors
 
-from entrypoints.checkpoint.files import refuse_lfs_pointer
+from entrypoints.checkpoint import sentencepiece_vocabulary, tiktoken_vocabulary
+from entrypoints.checkpoint.atomic_files import check_not_lfs_pointer
+from entrypoints.checkpoint.prompt_file import read_prompt_format
 from entrypoints.errors import UserError
-from entrypoints.prompt import ANSWER_ENDS, CONTROL_TOKENS
+from entrypoints.families import CHATGLM3, Family, family_named
+from entrypoints.untrusted import parse_json
 
-logger = logging.getLogger(__name__)
-BLANK = "▁"  # SentencePiece's mark for a space
 VOCABULARY_FILE = "tokenizer.model"
 TOKENIZER_FILE = "tokenizer.json"
-LONG = 10_000  # letters; `encode` holds all other threads up, 2 s per million; the batch call is 3 times as fast
-PROBE = " 你好，  ①Ａ１ WORLD é \t\n🙂 "  # what a normalizer, or a model other than BPE, treats in another way
+# Characters. `encode` blocks all other threads, 2 s per million characters; the batch call is 3 times as fast on long
+# texts and slower on short ones.
+LONG_TEXT = 10_000
+CONVERT_AGAIN = "convert the checkpoint again"
+VARYING = ("version", "truncation", "padding", "added_tokens", "model")  # parts of tokenizer.json beside the pipeline
+VOCABULARY_PARTS = ("vocab", "merges")  # of its model
 
 
-def convert_vocabulary(model_file: Path) -> tokenizers.Tokenizer:
-    """Build the tokenizer that gives the same ids as the SentencePiece model, with CONTROL_TOKENS after its last piece.
+class Vocabulary(Protocol):
+    """What a kind of vocabulary consists of; each is a module."""
 
-    Raises UserError when the file is missing, an LFS pointer, damaged or no BPE with byte fallback
-    and the identity normalizer.
+    WITHOUT_TEXT: tuple[str, ...]  # tokens that stand for no text
+
+    def convert(self, model_file: Path, /) -> tokenizers.Tokenizer:
+        """The equal tokenizer of a tokenizer.model, without special tokens. Raises UserError: it is of another kind."""
+
+    def build(self, vocabulary: dict[str, int], merges: list[tuple[str, str]], /) -> tokenizers.Tokenizer:
+        """The steps of encoding and decoding that are the same for every vocabulary of the kind."""
+
+    def token_bytes(self, token: str, /) -> bytes:
+        """The bytes of a token of the vocabulary."""
+
+    def byte_token(self, value: int, /) -> str:
+        """The token of one byte."""
+
+
+VOCABULARIES: dict[str, Vocabulary] = {
+    "sentencepiece": sentencepiece_vocabulary,
+    "tiktoken": tiktoken_vocabulary,
+}
+
+
+def convert_vocabulary(model_file: Path, family: Family = CHATGLM3) -> tokenizers.Tokenizer:
+    """Build a tokenizer that gives the same ids as tokenizer.model, with the special tokens after its last token.
+
+    Raises UserError: the file is missing, an LFS pointer, damaged, or not a vocabulary of the family.
     """
-    if not model_file.is_file():
-        raise UserError(f"{model_file} does not exist", "copy tokenizer.model of the checkpoint there")
-    refuse_lfs_pointer(model_file)
-    import sentencepiece  # only here: an image that runs converted models has no need of it
-
-    pieces = sentencepiece.SentencePieceProcessor()
-    try:
-        pieces.Load(str(model_file))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{model_file} is no SentencePiece vocabulary ({error})", "fetch the file again") from error
-    size = pieces.GetPieceSize()
-    vocabulary = {pieces.IdToPiece(id_): id_ for id_ in range(size)}
-    if not any(pieces.IsByte(id_) for id_ in range(size)):
-        raise UserError(f"{model_file} has no byte pieces", "use the vocabulary of ChatGLM3")
-    ordinary = [
-        id_ for id_ in range(size) if not (pieces.IsByte(id_) or pieces.IsControl(id_) or pieces.IsUnknown(id_))
-    ]
-    merges = _merges({pieces.IdToPiece(id_): pieces.GetScore(id_) for id_ in ordinary}, vocabulary)
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=pieces.IdToPiece(pieces.unk_id()), fuse_unk=True, byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(BLANK), normalizers.Replace(" ", BLANK)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    probe = PROBE + "".join(pieces.IdToPiece(id_) for id_ in ordinary).replace(BLANK, " ")
-    if tokenizer.encode(probe).ids != pieces.EncodeAsIds(probe):
-        raise UserError(f"{model_file} is no BPE that leaves text as it is", "use the vocabulary of ChatGLM3")
-    _add_control_tokens(tokenizer)
-    return tokenizer
+    return with_special_tokens(VOCABULARIES[family.vocabulary].convert(model_file), family)
 
 
-def _add_control_tokens(tokenizer: tokenizers.Tokenizer) -> None:
+def with_special_tokens(tokenizer: tokenizers.Tokenizer, family: Family) -> tokenizers.Tokenizer:
+    """The same tokenizer, to which the special tokens of the family were added."""
     tokenizer.add_special_tokens(
-        [tokenizers.AddedToken(name, special=True, normalized=False) for name in CONTROL_TOKENS]
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in family.special_tokens]
     )
-    start = [(name, tokenizer.token_to_id(name)) for name in ("[gMASK]", "<sop>")]
+    start = [(name, _token_id(tokenizer, name)) for name in ("[gMASK]", "<sop>")]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B:1", special_tokens=start
     )
+    return tokenizer
 
 
-def _merges(scores: dict[str, float], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every split of a piece into two pieces, the best-scored piece first: the order in which SentencePiece merges."""
-    found = []
-    for piece, score in scores.items():
-        splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        found += [(-score, vocabulary[a], vocabulary[b], a, b) for a, b in splits if a in scores and b in scores]
-    return [(a, b) for *_, a, b in sorted(found)]
+def _token_id(backend: tokenizers.Tokenizer, token: str) -> int:
+    id_ = backend.token_to_id(token)
+    if id_ is None:
+        raise KeyError(token)
+    return id_
 
 
 class Tokenizer:
-    """Text to ids and back for one checkpoint. No text ever becomes a control id. Safe to share between threads."""
+    """Text to ids and back, for one checkpoint. Text is never encoded as special tokens. Safe to share by threads."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        backend.encode_special_tokens = True  # the letters of a control token in a text are letters
+    def __init__(self, backend: tokenizers.Tokenizer, family: Family = CHATGLM3) -> None:
+        backend.encode_special_tokens = True  # the name of a special token in a text is encoded as ordinary characters
         backend.no_truncation()
         backend.no_padding()
+        self.family = family
         self._backend = backend
-        self._control = {name: backend.token_to_id(name) for name in CONTROL_TOKENS}
-        self.eos_id: int = backend.token_to_id("</s>")
-        self.pad_id: int = backend.token_to_id("<unk>")
-        self.stop_ids = (self.eos_id, *(self.control(name) for name in ANSWER_ENDS))
-        self._pieces = self._bytes_of_pieces()
+        self._vocabulary = VOCABULARIES[family.vocabulary]
+        self._special = {name: _token_id(backend, name) for name in family.special_tokens}
+        self.eos_id = _token_id(backend, family.eos_token)
+        self.pad_id = _token_id(backend, family.pad_token)
+        self.stop_ids = (self.eos_id, *(self.special_token_id(name) for name in family.stop_tokens))
+        self._token_bytes = self._bytes_by_id()
         self.size = backend.get_vocab_size()
-        self.longest = max(map(len, self._pieces))  # bytes of one id at most
+        self.max_token_bytes = max(map(len, self._token_bytes))
 
-    def __reduce__(self) -> tuple:
-        return Tokenizer, (self._backend,)  # the backend forgets its settings when it is pickled
+    def __reduce__(self) -> tuple[Callable[..., "Tokenizer"], tuple[tokenizers.Tokenizer, Family]]:
+        return Tokenizer, (self._backend, self.family)  # pickling loses the settings of the backend
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text as SentencePiece gives them, with its dummy prefix and no special ids.
+        """Ids of plain text as the family's own tokenizer gives them, without special tokens.
 
-        Surrogates, which broken input can hold, count as the character of a pair, or as U+FFFD.
+        Surrogates, which broken input can contain, count as the character of a pair, or as U+FFFD.
         """
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if len(text) > LONG:  # slower for short ones
+        if len(text) > LONG_TEXT:
             return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def piece(self, id_: int) -> bytes:
-        """Bytes of one id; empty for control, padding, undefined and negative ids."""
-        return self._pieces[id_] if 0 <= id_ < len(self._pieces) else b""
+    def token_bytes(self, id_: int) -> bytes:
+        """Bytes of one id; empty for special, padding, undefined and negative ids."""
+        return self._token_bytes[id_] if 0 <= id_ < len(self._token_bytes) else b""
 
-    def byte(self, value: int) -> int:
-        """Id of the piece that stands for one byte, 0 to 255."""
-        return self._backend.token_to_id(f"<0x{value:02X}>")
+    def byte_token_id(self, value: int) -> int:
+        """Id of the token of one byte, 0 to 255."""
+        return _token_id(self._backend, self._vocabulary.byte_token(value))
 
-    def control(self, name: str) -> int:
-        """Id of one of CONTROL_TOKENS."""
-        return self._control[name]
+    def token_names(self) -> list[str]:
+        """The tokens of the vocabulary as tokenizer.json names them, in the order of their ids."""
+        names = [""] * self.size
+        for name, id_ in self._backend.get_vocab().items():
+            names[id_] = name
+        return names
 
-    def _bytes_of_pieces(self) -> list[bytes]:
-        pieces = [b""] * self._backend.get_vocab_size()
-        silent = {"<unk>", "<s>", "</s>", *CONTROL_TOKENS}
-        for piece, id_ in self._backend.get_vocab().items():
-            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-                pieces[id_] = bytes.fromhex(piece[3:5])
-            elif piece not in silent:
-                pieces[id_] = piece.replace(BLANK, " ").encode()
-        return pieces
+    def special_token_id(self, name: str) -> int:
+        """Id of one of the family's special tokens."""
+        return self._special[name]
+
+    def _bytes_by_id(self) -> list[bytes]:
+        found = [b""] * self._backend.get_vocab_size()
+        without_text = {*self._vocabulary.WITHOUT_TEXT, *self.family.special_tokens}
+        for token, id_ in self._backend.get_vocab().items():
+            if token not in without_text:
+                found[id_] = self._vocabulary.token_bytes(token)
+        return found
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load `tokenizer.json` of a converted checkpoint.
+    """Load `tokenizer.json` of a converted checkpoint, whose prompt.json names the family.
 
-    Raises UserError when it is missing, damaged or lacks ChatGLM3's control tokens.
+    Raises UserError: it is missing, damaged or lacks the family's special tokens.
     """
     file = Path(folder) / TOKENIZER_FILE
     if not file.is_file():
-        raise UserError(f"{folder} holds no {TOKENIZER_FILE}", "convert the checkpoint first: glm convert SRC DST")
-    refuse_lfs_pointer(file)
-    return parse_tokenizer(file.read_bytes(), f"{file}")
+        raise UserError(f"{folder} contains no {TOKENIZER_FILE}", "convert the checkpoint first: glm convert SRC DST")
+    check_not_lfs_pointer(file)
+    return parse_tokenizer(file.read_bytes(), f"{file}", family_named(read_prompt_format(Path(folder)).family))
 
 
-def parse_tokenizer(text: bytes | str, source: str) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`'s text; `source` names it in errors.
+def parse_tokenizer(text: bytes | str, source: str, family: Family = CHATGLM3) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json` text; `source` names it in errors.
 
-    Raises UserError when it is damaged or lacks ChatGLM3's control tokens.
+    Raises UserError: it is damaged, has other steps than `convert_vocabulary` writes, or lacks special tokens.
     """
+    _check_content(parse_json(text, source, CONVERT_AGAIN), source, family)
     try:
         backend = tokenizers.Tokenizer.from_buffer(text.encode() if isinstance(text, str) else text)
-    except Exception as error:
-        raise UserError(f"{source} cannot be read ({error})", "convert the checkpoint again") from error
-    missing = [name for name in (*CONTROL_TOKENS, "</s>", "<unk>") if backend.token_to_id(name) is None]
+    except BaseException as error:  # a panic of the library is not an Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise UserError(f"{source} cannot be read ({error})", CONVERT_AGAIN) from error
+    return Tokenizer(backend, family)
+
+
+def _check_content(content: Any, source: str, family: Family) -> None:
+    """Raises UserError for anything that the library would act on beside the vocabulary.
+
+    It offers regular expressions, which can take forever, and steps that give other ids than the model was trained on.
+    """
+    expected = json.loads(VOCABULARIES[family.vocabulary].build({"<unk>": 0}, []).to_str())
+    try:
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        vocabulary = content["model"]["vocab"] | added
+        wrong = [
+            name for name in {*expected, *content} if name not in VARYING and not _same_step(content, expected, name)
+        ]
+        model = {**content["model"], **{name: expected["model"][name] for name in VOCABULARY_PARTS}}
+    except (TypeError, KeyError, AttributeError) as error:  # another type somewhere
+        raise UserError(f"{source} is not a tokenizer ({error!r})", CONVERT_AGAIN) from error
+    missing = [name for name in (*family.special_tokens, family.eos_token, family.pad_token) if name not in vocabulary]
     if missing:
         raise UserError(
-            f"{source} lacks {', '.join(missing)}", "this is no ChatGLM3 vocabulary; convert one with glm convert"
+            f"{source} lacks {', '.join(missing)}, so it is not a vocabulary of {family.title}",
+            "convert one with glm convert",
         )
-    return Tokenizer(backend)
+    if wrong or model != expected["model"]:
+        raise UserError(
+            f"{source} has another {', '.join(sorted(wrong)) or 'model'} than {family.title}", CONVERT_AGAIN
+        )
+    ids, size = vocabulary.values(), len(vocabulary)
+    if not all(type(id_) is int and 0 <= id_ < size for id_ in ids) or len(set(ids)) < size:
+        raise UserError(f"{source} has ids that occur twice or are not from 0 to {size - 1}", CONVERT_AGAIN)
+
+
+def _same_step(content: dict[str, Any], expected: dict[str, Any], name: str) -> bool:
+    """The post-processor, which adds special tokens, is never used by `Tokenizer.encode`, but loading checks it."""
+    return name == "post_processor" or content.get(name) == expected.get(name)

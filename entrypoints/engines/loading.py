@@ -1,142 +1,186 @@
-"""From a path to a loaded engine; each engine's packages are imported only when it is the one."""
+"""Load a model with the engine that suits it. The packages of an engine are imported only when it is selected."""
 
 import importlib.util
-from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entrypoints.checkpoint.manifest import check_record, record_of
+from entrypoints.checkpoint.manifest import record_path
 from entrypoints.engines.base import Engine
-from entrypoints.engines.packages import FILES, FOLDERS, require_packages
+from entrypoints.engines.options import DEFAULT_SLOTS, GPU_SLOTS, EngineOptions
+from entrypoints.engines.packages import GGUF_PACKAGES, TRANSFORMERS_PACKAGES, require_packages
 from entrypoints.errors import UserError
-from entrypoints.settings import LOADS
+from entrypoints.settings import LOAD_IN_BITS
 
 if TYPE_CHECKING:
     from entrypoints.checkpoint.native import NativeCheckpoint
 
-PACKAGES = {"transformers": "transformers", "llamacpp": "xllamacpp", "vllm": "vllm"}
-FILE_DEVICES = ("auto", "cpu")  # where llama.cpp computes
+ENGINE_PACKAGES = {"transformers": "transformers", "llamacpp": "xllamacpp", "vllm": "vllm"}
+GGUF_DEVICES = ("auto", "cpu")  # the published build of llama.cpp computes on CPUs only
+OPTIONS_OF_ENGINES = {  # options that only these engines support
+    ("llamacpp", "vllm"): ("speculative",),
+    ("llamacpp",): ("context_length", "threads", "use_mmap", "prefix_cache"),
+    ("vllm",): ("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "enforce_eager"),
+}
 
 
-def engine_for(model: Path) -> str:
-    """The engine that a model is for: llamacpp for a GGUF file, else transformers."""
+def select_engine(model: Path, engine: str = "auto") -> str:
+    """The requested engine; auto selects llamacpp for a GGUF file, else transformers."""
+    if engine != "auto":
+        return engine
     return "llamacpp" if model.suffix == ".gguf" else "transformers"
 
 
-def check(
-    engine: str,
-    model: Path,
-    adapters: Mapping[str, Path],
-    load_in: str | None = None,
-    device: str = "auto",
-    speculative: bool = False,
-    dtype: str = "auto",
-    verify: bool = False,
-) -> None:
-    """Raise UserError for what can be known without loading: packages, flags, files, names, sizes."""
-    require_engine(engine)
-    _check_flags(engine, load_in, speculative)
-    if engine == "llamacpp":
-        _check_file(model, adapters, device, dtype, verify)
-        return
-    if model.suffix == ".gguf":
-        raise UserError(f"the engine {engine} does not read GGUF files", "use --engine llamacpp")
-    from entrypoints.checkpoint.adapters import open_adapter
-    from entrypoints.checkpoint.manifest import refuse_other_base
+def default_slots(model: Path, options: EngineOptions) -> int:
+    """The answers generated at a time if none are given; `options.engine` is not auto.
+
+    On a GPU transformers gets at most as many as fit beside the weights. Raises UserError: packages, files missing.
+    """
+    if options.engine == "llamacpp" or options.device not in ("auto", "cuda"):
+        return DEFAULT_SLOTS
+    require_engine_packages(options.engine)
+    from entrypoints.hardware.gpus import list_gpus
+
+    gpus = list_gpus()
+    if gpus and options.engine == "vllm":
+        return GPU_SLOTS
+    if not gpus or options.load_in:
+        return DEFAULT_SLOTS
     from entrypoints.checkpoint.native import open_native
+    from entrypoints.engines.transformers.batching_memory import CUDA_CONTEXT_BYTES, fitting_slots
+    from entrypoints.hardware.placement import weight_bytes
 
-    checkpoint = open_native(model, quantised=engine == "transformers")
-    shape = checkpoint.shape
-    if engine == "transformers" and (load_in or checkpoint.load_in):
-        _check_bits(checkpoint, load_in, adapters, device)
-    opened = {name: open_adapter(path, shape) for name, path in adapters.items()}
-    for path in adapters.values():
-        refuse_other_base(path, model)
-    if engine == "vllm":
-        from entrypoints.engines.vllm_settings import refuse_prefixes
-
-        refuse_prefixes(opened)
+    model_config, itemsize = open_native(model, quantized=True).model_config, 4 if options.dtype == "float32" else 2
+    free = gpus[0].free - weight_bytes(model_config, itemsize) - CUDA_CONTEXT_BYTES
+    return max(1, min(DEFAULT_SLOTS, fitting_slots(model_config, free, itemsize)))
 
 
-def require_engine(engine: str) -> None:
-    """Raise UserError where a package that the engine stands on is not installed; imports none."""
+def require_engine_packages(engine: str) -> None:
+    """Raise UserError if a package that the engine needs is not installed; imports none of them."""
     if engine != "vllm":
-        require_packages(*(FILES if engine == "llamacpp" else FOLDERS))
-    elif importlib.util.find_spec(PACKAGES[engine]) is None:
+        require_packages(*(GGUF_PACKAGES if engine == "llamacpp" else TRANSFORMERS_PACKAGES))
+    elif importlib.util.find_spec(ENGINE_PACKAGES[engine]) is None:
         raise UserError(f"the engine {engine} needs the package vllm", "install it, or choose another --engine")
 
 
-def _check_file(model: Path, adapters: Mapping[str, Path], device: str, dtype: str, verify: bool) -> None:
-    """What cannot be asked of a GGUF file is refused, never left out in silence."""
-    if adapters:
-        raise UserError("a GGUF file cannot take adapters", "merge it in: glm quantize --adapter")
-    if dtype != "auto":
+def check_engine_options(model: Path, options: EngineOptions) -> None:
+    """Raise UserError for every error that can be found without loading the model.
+
+    Checks packages, options, files, names and sizes. Does not import transformers, llama.cpp or vLLM.
+    """
+    engine = select_engine(model, options.engine)
+    require_engine_packages(engine)
+    _check_combination(model, engine, options)
+    if engine == "llamacpp":
+        _check_gguf(model, options)
+    else:
+        _check_folder(model, engine, options)
+
+
+def load_engine(model: Path, options: EngineOptions) -> Engine:
+    """Load the model; raises UserError as `check_engine_options` does, but later for some errors."""
+    engine = select_engine(model, options.engine)
+    require_engine_packages(engine)
+    _check_combination(model, engine, options)
+    if engine == "llamacpp":
+        from entrypoints.engines.llamacpp.engine import LlamaCppEngine
+
+        return LlamaCppEngine.load(model, options)
+    if engine == "vllm":
+        from entrypoints.engines.vllm.engine import VllmEngine
+
+        return VllmEngine.load(model, options)
+    from entrypoints.engines.transformers.engine import TransformersEngine
+
+    return TransformersEngine.load(model, options)
+
+
+def _check_combination(model: Path, engine: str, options: EngineOptions) -> None:
+    """Raise UserError for options that the engine does not support; unsupported options are never ignored."""
+    if options.load_in and engine == "llamacpp":
         raise UserError(
-            f"--dtype {dtype} is not for a GGUF file", "it has the precision it was written in: glm quantize chooses it"
+            "--load-in is not supported by the engine llamacpp",
+            "omit it; to change the precision of a GGUF file, run glm quantize",
         )
-    if device not in FILE_DEVICES:
+    if options.load_in == "4bit" and engine == "vllm":
         raise UserError(
-            f"--device {device} is not for a GGUF file",
-            "llama.cpp computes on the processor: leave --device and DEVICE out, or name a folder",
+            "--load-in 4bit is not supported by the engine vllm", "--load-in 8bit, or --engine transformers"
         )
-    from entrypoints.checkpoint.gguf import open_gguf
+    if options.adapter and engine == "vllm":
+        raise UserError("the engine vllm loads adapters by name only", "use EngineOptions.adapters")
+    defaults = {one.name: one.default for one in fields(options)}
+    for owners, names in OPTIONS_OF_ENGINES.items():
+        given = [name for name in names if getattr(options, name) != defaults[name]]
+        if engine not in owners and given:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} is not supported by the engine {engine}",
+                "omit it, or use a GGUF file" if "llamacpp" in owners else "omit it, or use --engine vllm",
+            )
+    if engine != "llamacpp" and model.suffix == ".gguf":
+        raise UserError(f"the engine {engine} does not read GGUF files", "use --engine llamacpp")
+    if engine == "llamacpp":
+        _check_gguf_options(options)
+
+
+def _check_gguf_options(options: EngineOptions) -> None:
+    if options.all_adapters:
+        raise UserError("a GGUF file does not support adapters", "merge the adapter: glm quantize --adapter")
+    if options.dtype != "auto":
+        raise UserError(
+            f"--dtype {options.dtype} is not supported for a GGUF file",
+            "omit it; to change the precision of a GGUF file, run glm quantize",
+        )
+    if options.device not in GGUF_DEVICES:
+        raise UserError(
+            f"--device {options.device} is not supported for a GGUF file",
+            "llama.cpp runs on the CPU: omit --device and DEVICE, or use a model folder",
+        )
+
+
+def _check_gguf(model: Path, options: EngineOptions) -> None:
+    from entrypoints.checkpoint.gguf_reader import open_gguf
 
     open_gguf(model)
-    if verify and not record_of(model).is_file():
+    flag = "--verify" if options.verify else "--prefix-cache" if options.prefix_cache else None
+    if flag and not record_path(model).is_file():
         raise UserError(
-            f"--verify has nothing to hold {model} against: {record_of(model).name} is not beside it",
-            "leave it out, or have glm prepare make the file, which writes that record",
+            f"{flag} needs the hash record of {model}, but {record_path(model).name} is not in the same folder",
+            f"omit {flag}, or create the file with glm prepare, which writes the record",
         )
 
 
-def _check_flags(engine: str, load_in: str | None, speculative: bool) -> None:
-    if load_in and engine == "llamacpp":
-        raise UserError(
-            "--load-in is not for the engine llamacpp", "a GGUF file has its own precision: glm quantize chooses it"
-        )
-    if load_in == "4bit" and engine == "vllm":
-        raise UserError("vLLM makes 8 bits of a folder, and not 4", "--load-in 8bit, or --engine transformers")
-    if speculative and engine != "llamacpp":
-        raise UserError(f"--speculative is not for the engine {engine}", "leave it out, or serve a GGUF file")
+def _check_folder(model: Path, engine: str, options: EngineOptions) -> None:
+    from entrypoints.checkpoint.adapters import open_adapter
+    from entrypoints.checkpoint.manifest import check_base_weights
+    from entrypoints.checkpoint.native import open_native
 
-
-def load(
-    engine: str,
-    model: Path,
-    adapters: Mapping[str, Path],
-    device: str = "auto",
-    dtype: str = "auto",
-    slots: int = 1,
-    verify: bool = False,
-    load_in: str | None = None,
-    speculative: bool = False,
-) -> Engine:
-    """Load it; raises UserError for what cannot work."""
-    if engine == "llamacpp":
-        from entrypoints.engines.llamacpp_engine import LlamaCppEngine
-
-        if verify:
-            check_record(model)
-        return LlamaCppEngine.load(model, slots=slots, speculative=speculative)
+    checkpoint = open_native(model, quantized=engine == "transformers")
+    if engine == "transformers" and (options.load_in or checkpoint.load_in):
+        _check_bitsandbytes(checkpoint, options)
+    adapters = {name: open_adapter(path, checkpoint.model_config) for name, path in options.adapters.items()}
+    if options.adapter:
+        open_adapter(options.adapter, checkpoint.model_config)
+    for path in options.all_adapters:
+        check_base_weights(path, model)
     if engine == "vllm":
-        from entrypoints.engines.vllm_engine import VllmEngine
+        from entrypoints.engines.vllm.engine_args import check_adapters
 
-        return VllmEngine.load(model, adapters, slots, device, dtype, verify, load_in=load_in)
-    from entrypoints.engines.transformers_engine import TransformersEngine
-
-    return TransformersEngine.load_for_serving(model, adapters, device, dtype, slots, verify, load_in)
+        check_adapters(adapters)
 
 
-def _check_bits(checkpoint: "NativeCheckpoint", load_in: str | None, adapters: Mapping[str, Path], device: str) -> None:
-    what = "--load-in" if load_in else f"{checkpoint.folder}, stored in fewer bits,"
-    if load_in and checkpoint.load_in:
+def _check_bitsandbytes(checkpoint: "NativeCheckpoint", options: EngineOptions) -> None:
+    stored, load_in = checkpoint.load_in, options.load_in
+    if load_in and stored:
+        raise UserError(f"{checkpoint.folder} is already quantized to {LOAD_IN_BITS[stored]} bits", "omit --load-in")
+    subject = "--load-in" if load_in else f"{checkpoint.folder}, a quantized folder,"
+    if options.all_adapters:
         raise UserError(
-            f"{checkpoint.folder} is stored in {LOADS[checkpoint.load_in]} bits already", "leave out --load-in"
+            f"{subject} does not support --adapter", "merge a LoRA first: glm export ADAPTER OUT --base DIR"
         )
-    if adapters:
-        raise UserError(f"{what} takes no --adapter", "merge a LoRA first: glm export ADAPTER OUT --base DIR")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{what} needs the package bitsandbytes", "pip install 'glm-entrypoints[qlora]'")
-    from entrypoints.engines.placement import place
+        raise UserError(f"{subject} needs the package bitsandbytes", "pip install 'glm-entrypoints[qlora]'")
+    from entrypoints.hardware.placement import choose_placement
 
-    place(checkpoint.shape, device, load_in=load_in or checkpoint.load_in, stored=load_in is None)
+    choose_placement(
+        checkpoint.model_config, options.device, load_in=load_in or stored, already_quantized=load_in is None
+    )

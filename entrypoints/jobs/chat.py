@@ -1,66 +1,57 @@
-"""Talk to a converted model: in the terminal, with one --prompt, or with a line of standard input for each question.
+"""Chat with a model in the terminal, with one --prompt, or with one question per line of standard input.
 
-In the terminal `clear` starts anew and `stop` ends; Ctrl-C stops an answer, and at the question the program.
+In the terminal `clear` starts a new conversation and `stop` ends; Ctrl-C stops an answer, or at the prompt the program.
 """
 
 import argparse
+import contextlib
 import io
 import json
+import locale
 import logging
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from entrypoints import flags
+from entrypoints.chat_format.prompt import Message
+from entrypoints.chat_format.sampling import Sampling
 from entrypoints.errors import UserError
-from entrypoints.prompt import Message
-from entrypoints.sampling import Sampling
-from entrypoints.settings import DEVICES, LOADS, Settings
+from entrypoints.settings import Settings
+
+if TYPE_CHECKING:
+    from entrypoints.chat_session import Chat, Reply
 
 logger = logging.getLogger(__name__)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `glm chat`."""
-    parser.add_argument("--model", type=Path, help="converted checkpoint or GGUF file; overrides MODEL_PATH")
-    parser.add_argument("--adapter", type=Path, help="converted LoRA or P-Tuning v2 adapter; overrides ADAPTER_PATH")
-    parser.add_argument("--device", choices=DEVICES, help="overrides DEVICE; a GGUF file runs on the processor")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of a folder's weights; a GGUF file has its own"
-    )
-    parser.add_argument(
-        "--load-in", choices=LOADS, help="let bitsandbytes make the weights smaller as they load (CUDA, CPU)"
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="check every file's hash before loading; a GGUF file's against the record that glm prepare writes",
-    )
-    parser.add_argument("--prompt", help="ask this once and end")
+    flags.add_model_flags(parser)
+    flags.add_adapter_flag(parser)
+    flags.add_loading_flags(parser)
+    parser.add_argument("--prompt", help="answer this question and exit")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each answer")
-    add_sampling_arguments(parser)
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that become a `Sampling`."""
     default = Sampling()
-    parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="longest answer")
+    flags.add_sampling_flags(parser, default)
     parser.add_argument(
-        "--temperature", type=float, default=default.temperature, help="0 always takes the likeliest token"
+        "--max-new-tokens", type=int, default=default.max_new_tokens, help="maximum tokens of an answer"
     )
-    parser.add_argument("--top-p", type=float, default=default.top_p, help="share of probability to choose from")
-    parser.add_argument("--top-k", type=int, help="number of tokens to choose from")
+    parser.add_argument("--top-k", type=int, help="number of most likely tokens to sample from")
     parser.add_argument(
-        "--repetition-penalty", type=float, default=default.repetition_penalty, help="above 1 repeats less"
+        "--repetition-penalty", type=float, default=default.repetition_penalty, help="above 1: less repetition"
     )
-    parser.add_argument("--seed", type=int, help="the same answer for the same seed")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
-    """Load the model and answer until the questions end."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # broken text in a pipe or a paste must not end the talk
+    """Load the model and answer until the input ends."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, None), (sys.stderr, None)):
+        if isinstance(stream, io.TextIOWrapper):  # UTF-8, whatever the locale; None keeps what happens at errors
+            stream.reconfigure(encoding="utf-8", errors=errors or stream.errors)
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -69,16 +60,11 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
     )
-    model = args.model or settings.model_path
-    if not model:
-        raise UserError("no model is named", "add --model DIR or set MODEL_PATH")
-    from entrypoints.conversation import load_chat
-
-    adapter = args.adapter or settings.adapter_path or None
-    chat = load_chat(model, adapter, args.device or settings.device, args.dtype, args.verify, args.load_in)
-    system = [Message("system", args.system)] if args.system else []
+    chat = _load(args, settings)
+    conversation = _Conversation(chat, sampling, args.json)
+    system = [Message("system", _utf8_argument("--system", args.system))] if args.system else []
     if args.prompt is not None:
-        _answer(chat, [*system, Message("user", args.prompt)], sampling, args.json)
+        conversation.answer([*system, Message("user", _utf8_argument("--prompt", args.prompt))])
         return 0
     turns = list(system)
     for query in _questions():
@@ -86,51 +72,77 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
             turns = list(system)
             _clear_screen()
         else:
-            turns = _turn(chat, [*turns, Message("user", query)], sampling, args.json)
+            turns = conversation.next_turn([*turns, Message("user", query)])
     return 0
 
 
-def _turn(chat: object, turns: list[Message], sampling: Sampling, as_json: bool) -> list[Message]:
-    """Answer within a talk: in the terminal neither Ctrl-C nor too long a question ends it."""
-    try:
-        return _answer(chat, turns, sampling, as_json, stoppable=_in_terminal())
-    except UserError as error:
-        if not _in_terminal():
-            raise
-        print(f"glm: {error}", file=sys.stderr)
-        return turns[:-1]
+def _load(args: argparse.Namespace, settings: Settings) -> "Chat":
+    model = flags.required_model(args, settings)
+    from entrypoints.chat_session import load_chat
+    from entrypoints.engines.options import EngineOptions
+
+    adapter = args.adapter or settings.adapter_path
+    options = EngineOptions(
+        adapter=Path(adapter) if adapter else None,
+        device=args.device or settings.device,
+        dtype=args.dtype,
+        verify=args.verify,
+        load_in=args.load_in,
+    )
+    return load_chat(model, options)
 
 
-def _answer(
-    chat: object, turns: list[Message], sampling: Sampling, as_json: bool, stoppable: bool = False
-) -> list[Message]:
-    from entrypoints.conversation import answered
+@dataclass(frozen=True)
+class _Conversation:
+    """Prints answers; each method returns the turns to continue with."""
 
-    reply, stream = None, chat.reply(turns, sampling)
-    try:
-        for reply, text in stream:  # noqa: B007 - the last reply is used below
-            if not as_json:
-                print(text, end="", flush=True)
-    except KeyboardInterrupt:
-        if not stoppable:
-            raise
-        stream.close()
-        print(" (stopped)", end="", file=sys.stderr, flush=True)
-    if reply is None:  # stopped before its first word
-        print(file=sys.stderr)
-        return turns[:-1]
-    if reply.dropped_turns:
-        logger.warning("the window is full: the %d oldest turns were left out", reply.dropped_turns)
-    if as_json:
-        print(json.dumps(_as_dict(turns, reply), ensure_ascii=False), flush=True)
-    else:
+    chat: "Chat"
+    sampling: Sampling
+    as_json: bool
+
+    def next_turn(self, turns: list[Message]) -> list[Message]:
+        """Answer the last turn; in the terminal neither Ctrl-C nor a question that is too long ends the program."""
+        try:
+            return self.answer(turns, stoppable=_in_terminal())
+        except UserError as error:
+            if not _in_terminal():
+                raise
+            print(f"glm: {error}", file=sys.stderr)
+            return turns[:-1]
+
+    def answer(self, turns: list[Message], stoppable: bool = False) -> list[Message]:
+        """Answer the last turn; stoppable: Ctrl-C ends the answer only, else it raises KeyboardInterrupt."""
+        from entrypoints.chat_session import with_reply
+
+        reply, stream = None, self.chat.reply(turns, self.sampling)
+        try:
+            for reply, text in stream:  # noqa: B007 - the last reply is used below
+                if not self.as_json:
+                    print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            if not stoppable:
+                raise
+            stream.close()
+            print(" (stopped)", end="", file=sys.stderr, flush=True)
+        if reply is None:  # stopped before the first token
+            print(file=sys.stderr)
+            return turns[:-1]
+        if reply.dropped_turns:
+            logger.warning("context length exceeded: the %d oldest turns were omitted", reply.dropped_turns)
+        self._print_end(turns, reply)
+        return with_reply(turns, reply)
+
+    def _print_end(self, turns: list[Message], reply: "Reply") -> None:
+        """Print what follows the streamed text: tool calls and a line break, or the JSON object."""
+        if self.as_json:
+            print(json.dumps(_as_dict(turns, reply), ensure_ascii=False), flush=True)
+            return
         for call in reply.answer.tool_calls:
             print(f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})", end="")
         print(flush=True)
-    return answered(turns, reply)
 
 
-def _as_dict(turns: list[Message], reply: object) -> dict:
+def _as_dict(turns: list[Message], reply: "Reply") -> dict[str, Any]:
     return {
         "prompt": turns[-1].content,
         "response": reply.answer.content,
@@ -143,26 +155,58 @@ def _as_dict(turns: list[Message], reply: object) -> dict:
 
 
 def _questions() -> Iterator[str]:
-    """Questions typed in the terminal, or the lines of a pipe; ends at `stop` or the end of the input."""
+    """Questions typed in the terminal, or the lines of a pipe, until `stop` or the end of the input."""
     if _in_terminal():
-        import readline  # noqa: F401 - gives input() its line editing and history
-
-        print("Ask; `clear` starts anew, `stop` ends.", file=sys.stderr)
+        _enable_line_editing()
+        print("Type a question; `clear` starts a new conversation, `stop` ends.", file=sys.stderr)
     while True:
         try:
-            query = _typed() if _in_terminal() else next(sys.stdin or iter(()), None)
+            query = _read_line() if _in_terminal() else next(sys.stdin or iter(()), None)
         except EOFError:
             return
         if query is None or query.strip() == "stop":
             return
+        query = _without_invalid_bytes(query)
         if query.strip():
             yield query.strip()
 
 
-def _typed() -> str:
+def _enable_line_editing() -> None:
+    """Line editing and history for input(); in a locale that is not UTF-8, readline takes Chinese for key codes."""
+    for name in ("", "C.UTF-8", "en_US.UTF-8", "zh_CN.UTF-8"):  # "": the locale of the environment
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, name)
+            if locale.nl_langinfo(locale.CODESET).upper().replace("-", "") == "UTF8":
+                if name:
+                    os.environ["LC_ALL"] = name  # readline reads it for each line
+                import readline
+
+                readline.parse_and_bind("set disable-completion on")
+                return
+    logger.warning("this system has no UTF-8 locale: line editing and history are off")
+
+
+def _without_invalid_bytes(text: str) -> str:
+    """The text with a replacement character for each byte that is not UTF-8, which is logged."""
+    count = sum(0xDC80 <= ord(character) <= 0xDCFF for character in text)
+    if count:
+        logger.warning("the input is not UTF-8: %d bytes were replaced", count)
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return text
+
+
+def _utf8_argument(flag: str, text: str) -> str:
+    """The text of a flag, which Python decoded by the locale; raises UserError if it is not UTF-8."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} is not UTF-8 (byte {error.start})", "encode it as UTF-8") from error
+
+
+def _read_line() -> str:
     if sys.stdout.isatty():
         return input("\n> ")
-    print("\n> ", end="", file=sys.stderr, flush=True)  # stdout goes to a file: answers only
+    print("\n> ", end="", file=sys.stderr, flush=True)  # stdout is redirected: it receives answers only
     return input()
 
 

@@ -1,6 +1,7 @@
-"""Make a toy model in ChatGLM3's layout, then convert, fine-tune, score and ask it, each with the job a user would run.
+"""Create a demo model in a family's layout, then convert, fine-tune, evaluate and query it with the real commands.
 
-No network, no GPU, no download; a few minutes on two cores. The toy has 4 million parameters and knows its sample.
+Needs no network, no GPU and no download; takes a few minutes on two CPU cores. The model has 4 million parameters and
+knows only its training sample.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 from entrypoints.errors import UserError
+from entrypoints.families import CHATGLM3, FAMILIES
 from entrypoints.settings import Settings
 
 DEV_ROWS = 30
@@ -19,64 +21,70 @@ DEV_ROWS = 30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `glm demo`."""
-    parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="folder for everything the demo makes")
-    parser.add_argument("--num-train-epochs", type=float, default=30, help="passes over the sample")
+    parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="folder for all files of the demo")
+    parser.add_argument("--family", choices=FAMILIES, default=CHATGLM3.name, help="model family to imitate")
+    parser.add_argument("--num-train-epochs", type=float, default=30, help="passes over the training sample")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
-    """Each step prints its command first; a step that fails ends the demo."""
+    """Run the steps; each prints its command first.
+
+    Raises UserError: the folder cannot be created, or a step failed.
+    """
     start = time.monotonic()
     folder = args.output_dir
-    from entrypoints.demo.model import write_toy
-    from entrypoints.demo.recipe import COLUMNS, TUNING, lay_out_sample
+    from entrypoints.demo.model import write_demo_model
+    from entrypoints.demo.recipe import COLUMN_FLAGS, TRAINING_FLAGS, write_sample_data
 
-    texts = lay_out_sample(folder)
-    _say(f"A toy model in the original layout, with random weights and its own vocabulary: {folder}/original")
-    write_toy(folder / "original", texts)
-    _say("The original layout becomes one that plain transformers loads")
+    texts = write_sample_data(folder)
+    _print_heading(
+        f"Create a model in the original layout, with random weights and its own vocabulary: {folder}/original"
+    )
+    write_demo_model(folder / "original", texts, family=FAMILIES[args.family])
+    _print_heading("Convert it to the layout that plain transformers loads")
     _glm("convert", folder / "original", folder / "native", "--overwrite")
-    _say("The sample: ad copy in AdvertiseGen's form, and small talk")
+    _print_heading("Split and check the sample data: ads in the format of AdvertiseGen, and small talk")
     _glm("data", "split", folder / "ad_copy.jsonl", folder / "ads", "--dev-rows", DEV_ROWS, "--overwrite")
-    _join([folder / "ads" / "train.jsonl", folder / "chat.jsonl"], folder / "train.jsonl")
-    _glm("data", "check", folder / "train.jsonl", *COLUMNS, "--model", folder / "native")
-    _say("Full-parameter fine-tuning")
+    _concatenate([folder / "ads" / "train.jsonl", folder / "chat.jsonl"], folder / "train.jsonl")
+    _glm("data", "check", folder / "train.jsonl", *COLUMN_FLAGS, "--model", folder / "native")
+    _print_heading("Fine-tune all parameters")
     _glm("train", "--model-name-or-path", folder / "native", "--train-file", folder / "train.jsonl",
-         "--output-dir", folder / "tuned", "--num-train-epochs", args.num_train_epochs, *TUNING)  # fmt: skip
-    _say("Scores on the rows it learnt, and on rows it never saw")
+         "--output-dir", folder / "tuned", "--num-train-epochs", args.num_train_epochs, *TRAINING_FLAGS)  # fmt: skip
+    _print_heading("Evaluate on training rows and on held-out rows")
     for name in ("train", "dev"):
         _glm("evaluate", "--model", folder / "tuned", "--test-file", folder / "ads" / f"{name}.jsonl",
              "--output-dir", folder / f"scores-{name}", "--per-device-eval-batch-size", 64)  # fmt: skip
-    _say("Questions and answers")
-    learnt = (folder / "ads" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:2]
-    for prompt in (*(json.loads(row)["content"] for row in learnt), "你好", "你是谁"):
+    _print_heading("Ask questions")
+    rows = (folder / "ads" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    for prompt in (*(json.loads(row)["content"] for row in rows), "你好", "你是谁"):
         _glm("chat", "--model", folder / "tuned", "--temperature", 0, "--prompt", prompt)
-    _summary(folder, time.monotonic() - start)
+    _print_summary(folder, time.monotonic() - start)
 
 
-def _join(files: list[Path], target: Path) -> None:
+def _concatenate(files: list[Path], target: Path) -> None:
     target.write_text("".join(file.read_text(encoding="utf-8") for file in files), encoding="utf-8")
 
 
-def _glm(*words: object) -> None:
-    command = [str(word) for word in words]
+def _glm(*arguments: str | Path | float) -> None:
+    command = [str(argument) for argument in arguments]
     print(f"\n$ glm {' '.join(command)}", flush=True)
     code = subprocess.run([sys.executable, "-m", "entrypoints", *command], check=False).returncode
     if code:
-        raise UserError(f"glm {command[0]} ended with code {code}", "see its message above")
+        raise UserError(f"glm {command[0]} exited with code {code}", "see its message above")
 
 
-def _say(text: str) -> None:
+def _print_heading(text: str) -> None:
     width = min(100, shutil.get_terminal_size().columns)
     print(f"\n{'─' * width}\n{text}", flush=True)
 
 
-def _summary(folder: Path, seconds: float) -> None:
+def _print_summary(folder: Path, seconds: float) -> None:
     scores = {
         name: json.loads((folder / f"scores-{name}" / "predict_results.json").read_text()) for name in ("train", "dev")
     }
-    _say(f"Done in {seconds:.0f} seconds. This is a toy: it recites its sample and knows nothing else.")
-    for name, label in (("train", "rows it learnt"), ("dev", "rows it never saw")):
+    _print_heading(f"Done in {seconds:.0f} seconds. The demo model has memorized its sample and knows nothing else.")
+    for name, label in (("train", "training rows"), ("dev", "held-out rows")):
         row = scores[name]
-        numbers = "  ".join(f"{key} {row[key]:.1f}" for key in ("bleu_4", "rouge_1", "rouge_2", "rouge_l"))
-        print(f"  {label:18} {numbers}  ({row['n']} rows, percent)")
-    print(f"\nTalk to it:  glm chat --model {folder}/tuned")
+        metrics = "  ".join(f"{key} {row[key]:.1f}" for key in ("bleu_4", "rouge_1", "rouge_2", "rouge_l"))
+        print(f"  {label:14} {metrics}  ({row['n']} rows, in percent)")
+    print(f"\nChat with it:  glm chat --model {folder}/tuned")

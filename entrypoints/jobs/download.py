@@ -1,8 +1,8 @@
-"""Fetch a ChatGLM3 checkpoint from Hugging Face or ModelScope, at one commit, and go on where an earlier run stopped.
+"""Download a ChatGLM3 checkpoint from Hugging Face or ModelScope at one commit; an interrupted download resumes.
 
-One weight format is fetched, safetensors where there is one, and no program code. download.json in the folder records
-source, commit, sizes and SHA-256. HF_ENDPOINT and MODELSCOPE_ENDPOINT name mirrors, HF_TOKEN opens gated repositories.
-Prints the folder.
+Only one weight format is downloaded, safetensors if available, and no program code. download.json in the folder records
+source, commit, sizes and SHA-256. HF_ENDPOINT and MODELSCOPE_ENDPOINT name mirrors, HF_TOKEN gives access to gated
+repositories. Prints the folder.
 """
 
 import argparse
@@ -10,16 +10,16 @@ import shlex
 import sys
 from pathlib import Path
 
-from entrypoints.checkpoint.hub import KNOWN, SOURCES, download
+from entrypoints.hub.download import KNOWN_MODELS, SOURCES, download
 from entrypoints.settings import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `glm download`."""
-    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(KNOWN)}, or another ORG/NAME")
-    parser.add_argument("--output-dir", type=Path, help="folder to fill; if not given, models/NAME-original")
+    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(KNOWN_MODELS)}, or another ORG/NAME")
+    parser.add_argument("--output-dir", type=Path, help="folder to write; if not given, models/NAME-original")
     parser.add_argument(
-        "--source", choices=("auto", *SOURCES), default="auto", help=f"auto asks {', then '.join(SOURCES)}"
+        "--source", choices=("auto", *SOURCES), default="auto", help=f"auto tries {', then '.join(SOURCES)}"
     )
     parser.add_argument("--revision", help="branch, tag or commit; if not given, a pinned commit or the main branch")
 

@@ -1,189 +1,300 @@
-"""Serve a model over OpenAI's HTTP API: chat, completions, tools, streaming, adapters by name, metrics.
+"""Serve a model over the OpenAI-compatible HTTP API: chat, completions, tools, streaming, adapters, metrics.
 
-Listens before the weights are loaded: /healthz answers at once, /readyz when requests may come. SIGTERM lets running
-answers finish; a second signal ends at once.
+Listens before the weights are loaded: /healthz responds at once, /readyz when requests are accepted. SIGTERM waits for
+running requests; a second signal exits at once.
 """
 
 import argparse
-import ipaddress
+import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from entrypoints import flags
+from entrypoints.engines.options import DEFAULT_SLOTS, GPU_SLOTS
 from entrypoints.errors import UserError
-from entrypoints.settings import DEVICES, LOADS, Settings
+from entrypoints.settings import Settings
+
+if TYPE_CHECKING:
+    from entrypoints.api.auth import KeyRing
+    from entrypoints.api.state import ServerOptions
+    from entrypoints.engines.base import Engine
+    from entrypoints.engines.llamacpp.embeddings import EmbeddingEngine
+    from entrypoints.engines.options import EngineOptions
 
 logger = logging.getLogger(__name__)
 ENGINES = ("auto", "transformers", "llamacpp", "vllm")
-NO_END = 10**9
+UNLIMITED = 10**9
 BOUNDS = {
-    "slots": (1, NO_END),
-    "queue": (0, NO_END),
-    "drain_seconds": (0, NO_END),
-    "max_body_bytes": (1, NO_END),
-    "port": (0, 65535),  # a larger one would lose its upper bits in silence
+    "slots": (1, UNLIMITED),
+    "tensor_parallel_size": (1, UNLIMITED),
+    "data_parallel_size": (1, UNLIMITED),
+    "gpu_memory_utilization": (0.1, 1),
+    "queue": (0, UNLIMITED),
+    "drain_seconds": (0, UNLIMITED),
+    "keep_alive_seconds": (1, UNLIMITED),
+    "max_body_bytes": (1, UNLIMITED),
+    "prefix_cache_gb": (1, UNLIMITED),
+    "port": (0, 65535),  # the socket module would silently truncate a larger port
+}
+
+CHAT_MODEL_FLAGS: dict[str, object] = {  # what only a chat model uses -> its default
+    "adapter": [],
+    "device": None,
+    "dtype": "auto",
+    "engine": "auto",
+    "load_in": None,
+    "prefix_cache": None,
+    "served_model_name": None,
+    "slots": None,
+    "speculative": None,
+    "tensor_parallel_size": None,
+    "data_parallel_size": None,
+    "gpu_memory_utilization": None,
+    "enforce_eager": False,
+    "verify": False,
+    "warm": None,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `glm serve`."""
-    _add_model_arguments(parser)
-    _add_service_arguments(parser)
+    _add_engine_flags(parser.add_argument_group("model"))
+    flags.add_vllm_flags(parser.add_argument_group("vLLM"))
+    flags.add_prefix_flags(parser.add_argument_group("prompts that are not computed again (GGUF files)"))
+    _add_embeddings_flags(parser.add_argument_group("embeddings"))
+    _add_service_flags(parser.add_argument_group("service"))
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", type=Path, help="converted checkpoint or GGUF file; overrides MODEL_PATH")
-    model.add_argument(
-        "--adapter", action="append", default=[], metavar="NAME=DIR", help="serve an adapter too; may be repeated"
-    )
-    model.add_argument("--served-model-name", help="name in /v1/models; the folder's name if not given")
-    model.add_argument(
+def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
+    flags.add_model_flags(group)
+    flags.add_named_adapters_flag(group)
+    flags.add_loading_flags(group)
+    group.add_argument("--served-model-name", help="name in /v1/models; default: the name of the folder or file")
+    group.add_argument(
         "--engine", choices=ENGINES, default="auto", help="auto: llamacpp for a GGUF file, else transformers"
     )
-    model.add_argument("--device", choices=DEVICES, help="overrides DEVICE; a GGUF file runs on the processor")
-    model.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of a folder's weights; a GGUF file has its own",
+    group.add_argument(
+        "--slots",
+        type=int,
+        help=f"responses generated at a time; default: what the GPU holds, up to {DEFAULT_SLOTS}; vLLM: {GPU_SLOTS}",
     )
-    model.add_argument(
-        "--load-in",
-        choices=LOADS,
-        help="make the weights smaller as they load: by bitsandbytes (CUDA, CPU), 8bit also by vLLM (CUDA)",
-    )
-    model.add_argument("--slots", type=int, default=4, help="answers generated at the same time")
-    model.add_argument(
+    group.add_argument(
         "--speculative",
         choices=("ngram",),
-        help="draft what the conversation holds already and verify it at once; for answers that repeat it (GGUF files)",
-    )
-    model.add_argument(
-        "--verify",
-        action="store_true",
-        help="check every file's hash before loading; a GGUF file's against the record that glm prepare writes",
+        help="prompt lookup decoding, for answers that repeat parts of the conversation (GGUF files, vLLM)",
     )
 
 
-def _add_service_arguments(parser: argparse.ArgumentParser) -> None:
-    service = parser.add_argument_group("service")
-    service.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need keys")
-    service.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
-    service.add_argument("--api-keys-file", type=Path, help="keys made by glm key; overrides API_KEYS_FILE")
-    service.add_argument("--insecure-no-auth", action="store_true", help="listen beyond loopback without keys")
-    service.add_argument("--queue", type=int, default=64, help="answers that may wait; more get 429")
-    service.add_argument(
-        "--drain-seconds", type=int, default=120, help="how long running answers may go on after SIGTERM"
+def _add_embeddings_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="also serve /v1/embeddings from this GGUF file of an embedding model; without --model only that",
     )
-    service.add_argument(
+    group.add_argument("--served-embeddings-name", help="its name in /v1/models; default: the name of the file")
+
+
+def _add_service_flags(group: argparse._ArgumentGroup) -> None:
+    flags.add_listen_flags(group, port=8000, secret="API keys")
+    group.add_argument("--api-keys-file", type=Path, help="key file, written by glm key; overrides API_KEYS_FILE")
+    group.add_argument(
+        "--usage-dir",
+        type=Path,
+        metavar="DIR",
+        help="write the tokens of each request to a file per day in this folder, for glm usage and for quotas",
+    )
+    group.add_argument(
+        "--insecure-no-auth", action="store_true", help="allow a --host other than loopback without API keys"
+    )
+    group.add_argument(
+        "--metrics-need-key", action="store_true", help="/metrics needs a key too, where requests need one"
+    )
+    group.add_argument("--queue", type=int, default=64, help="responses that may wait for a slot; more receive 429")
+    group.add_argument(
+        "--drain-seconds", type=int, default=120, help="how long running requests may continue after SIGTERM"
+    )
+    group.add_argument(
+        "--keep-alive-seconds",
+        type=int,
+        default=flags.KEEP_ALIVE_SECONDS,
+        help="how long an idle connection stays open; longer than the reverse proxy keeps it, else it sends 502",
+    )
+    group.add_argument(
         "--cors-origin", action="append", default=[], metavar="URL", help="web origin to allow; may be repeated"
     )
-    service.add_argument("--max-body-bytes", type=int, default=4 << 20, help="largest request")
-    service.add_argument("--root-path", default="", help="path under which a reverse proxy shows this server")
-    service.add_argument("--log-prompts", action="store_true", help="log what is asked; it is private otherwise")
+    group.add_argument("--max-body-bytes", type=int, default=4 << 20, help="maximum size of a request body")
+    group.add_argument("--log-prompts", action="store_true", help="log request bodies, which are private otherwise")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
-    """Check everything that can be checked, listen, load, serve until a signal."""
-    model = Path(args.model or settings.model_path or "")
-    if not (args.model or settings.model_path):
-        raise UserError("no model is named", "add --model DIR or set MODEL_PATH")
-    _check_bounds(args)
-    from entrypoints.api.auth import KeyRing
-    from entrypoints.api.server import Options, Serving
+    """Validate the options, listen, load the model, and serve until a signal.
 
-    keys = KeyRing(
-        args.api_keys_file or (Path(settings.api_keys_file) if settings.api_keys_file else None), settings.api_key.value
-    )
-    if not keys.required and not args.insecure_no_auth and not _is_loopback(args.host):
-        raise UserError(
-            f"--host {args.host} would let everyone on the network in",
-            "add --api-keys-file (see glm key) or --insecure-no-auth",
-        )
-    name = args.served_model_name or model.resolve().name.removesuffix(".gguf")
-    engine, load = _engine(args, settings, model, _adapters(args.adapter, name))
-    options = Options(
+    Raises UserError: an invalid option, model, adapter or key file, or an address that is not available.
+    """
+    _check_bounds(args)
+    keys = _api_keys(args, settings)
+    model = _model(args, settings)
+    name = (args.served_model_name or model.resolve().name.removesuffix(".gguf")) if model else None
+    adapters = _adapters(args.adapter, name)
+    embeddings_name = _embeddings_name(args, {name, *adapters})
+    engine_options, load_engine = _engine(args, settings, model, adapters) if model else (None, None)
+    load_embedder = _embedder(args.embeddings)
+    from entrypoints.api.state import Models, ServerState
+    from entrypoints.api.usage import UsageLedger
+
+    listener = _listen(args.host, args.port)
+    engine_name = engine_options.engine if engine_options else "llamacpp"
+    slots = engine_options.slots if engine_options else DEFAULT_SLOTS
+    options = _server_options(args, name, embeddings_name, keys, slots)
+    state = ServerState(options, keys, engine_name, UsageLedger(args.usage_dir))
+    logger.info("listening on http://%s:%d", *listener.getsockname()[:2])
+    from entrypoints.api.server import serve
+
+    def load() -> Models:
+        return Models(load_engine() if load_engine else None, load_embedder() if load_embedder else None)
+
+    serve(state, load, listener, args.drain_seconds, args.keep_alive_seconds)
+    return 0
+
+
+def _server_options(
+    args: argparse.Namespace, name: str | None, embeddings: str | None, keys: "KeyRing", slots: int
+) -> "ServerOptions":
+    from entrypoints.api.state import ServerOptions
+
+    return ServerOptions(
         model=name,
-        slots=args.slots,
+        embeddings=embeddings,
+        slots=slots,
         queue=args.queue,
         cors_origins=tuple(args.cors_origin),
+        allowed_hosts=None if keys.required else (args.host, *args.allowed_host),
         max_body_bytes=args.max_body_bytes,
         log_prompts=args.log_prompts,
+        metrics_need_key=args.metrics_need_key,
         root_path=args.root_path.rstrip("/"),
     )
-    serving = Serving(options, keys, engine)
-    listener = _listen(args.host, args.port)
-    logger.info("listening on http://%s:%d", *listener.getsockname()[:2])
-    from entrypoints.api.uvicorn_server import serve
 
-    serve(serving, load, listener, args.drain_seconds)
-    return 0
+
+def _model(args: argparse.Namespace, settings: Settings) -> Path | None:
+    """The chat model; None if only embeddings are served. Raises UserError: there is neither, or a flag needs one."""
+    if not args.embeddings or args.model or settings.model_path:
+        return flags.required_model(args, settings)
+    unused = [name for name, default in CHAT_MODEL_FLAGS.items() if getattr(args, name) != default]
+    if unused:
+        raise UserError(f"--{unused[0].replace('_', '-')} needs a chat model", "add --model DIR, or omit it")
+    return None
+
+
+def _embeddings_name(args: argparse.Namespace, used: Collection[str | None]) -> str | None:
+    """Name of the embedding model; None without --embeddings. Raises UserError: another model has this name."""
+    if not args.embeddings:
+        if args.served_embeddings_name:
+            raise UserError("--served-embeddings-name needs an embedding model", "add --embeddings FILE, or omit it")
+        return None
+    name: str = args.served_embeddings_name or args.embeddings.resolve().name.removesuffix(".gguf")
+    if name in used:
+        raise UserError(
+            f"--embeddings {args.embeddings}: the name {name} is already in use", "choose a --served-embeddings-name"
+        )
+    return name
+
+
+def _embedder(file: Path | None) -> "Callable[[], EmbeddingEngine] | None":
+    """A function that loads the embedding model, whose file is checked now; None without one."""
+    if file is None:
+        return None
+    from entrypoints.checkpoint.embedding_gguf import open_embedding_gguf
+    from entrypoints.engines.packages import GGUF_PACKAGES, require_packages
+
+    require_packages(*GGUF_PACKAGES)
+    open_embedding_gguf(file)
+    from entrypoints.engines.llamacpp.embeddings import EmbeddingEngine
+
+    return lambda: EmbeddingEngine.load(file)
+
+
+def _api_keys(args: argparse.Namespace, settings: Settings) -> "KeyRing":
+    """The API keys; raises UserError if there are none and the address is reachable from other machines."""
+    from entrypoints.api.auth import KeyRing
+
+    file = args.api_keys_file or settings.api_keys_file or None
+    keys = KeyRing(Path(file) if file else None, settings.api_key.value, quotas=args.usage_dir is not None)
+    if not keys.required and not args.insecure_no_auth and not flags.is_loopback(args.host):
+        raise UserError(
+            f"--host {args.host} would serve the network without API keys",
+            "add --api-keys-file (see glm key), or --insecure-no-auth",
+        )
+    return keys
 
 
 def _engine(
     args: argparse.Namespace, settings: Settings, model: Path, adapters: dict[str, Path]
-) -> tuple[str, Callable]:
-    """Name of the engine, and how to load it; what can be known of the model is checked now."""
-    from entrypoints.engines.loading import check, engine_for, load
+) -> "tuple[EngineOptions, Callable[[], Engine]]":
+    """The engine's options, already checked, and a function that loads it."""
+    from entrypoints.api.warm_up import warmed
+    from entrypoints.engines.loading import check_engine_options, default_slots, load_engine, select_engine
+    from entrypoints.engines.options import EngineOptions
 
-    name = engine_for(model) if args.engine == "auto" else args.engine
-    device = args.device or settings.device
-    speculative = args.speculative is not None
-    check(name, model, adapters, args.load_in, device, speculative, args.dtype, args.verify)
-    return name, lambda: load(
-        name,
-        model,
-        adapters,
-        device=device,
+    options = EngineOptions(
+        engine=select_engine(model, args.engine),
+        adapters=adapters,
+        device=args.device or settings.device,
         dtype=args.dtype,
-        slots=args.slots,
         verify=args.verify,
         load_in=args.load_in,
-        speculative=speculative,
+        speculative=args.speculative is not None,
+        **flags.vllm_options(args),
+        **flags.prefix_options(args),
     )
+    options = replace(options, slots=args.slots or default_slots(model, options))
+    check_engine_options(model, options)
+    return options, warmed(lambda: load_engine(model, options), args.warm, options.engine)
 
 
-def _adapters(texts: list[str], model: str) -> dict[str, Path]:
-    """Folder of each adapter; raises UserError for one that could not be told from another or from the model."""
-    found: dict[str, Path] = {}
-    for text in texts:
-        name, equals, folder = text.partition("=")
+def _adapters(arguments: list[str], model_name: str | None) -> dict[str, Path]:
+    """Folder of each adapter by name; raises UserError for a malformed argument or a name that is in use."""
+    adapters: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
         if not (name and equals and folder):
-            raise UserError(f"--adapter {text} is not understood", "write --adapter NAME=DIR")
-        if name in found or name == model:
-            raise UserError(f"--adapter {text} takes a name that is taken", "give model and adapters different names")
-        found[name] = Path(folder)
-    return found
+            raise UserError(f"--adapter {argument} is not of the form NAME=DIR", "write --adapter NAME=DIR")
+        if name in adapters or name == model_name:
+            raise UserError(
+                f"--adapter {argument}: the name {name} is already in use",
+                "give the model and each adapter its own name",
+            )
+        adapters[name] = Path(folder)
+    return adapters
 
 
 def _check_bounds(args: argparse.Namespace) -> None:
-    wrong = {name: bounds for name, bounds in BOUNDS.items() if not bounds[0] <= getattr(args, name) <= bounds[1]}
+    """Raise UserError with every numeric flag that is out of bounds."""
+    given = {name: bounds for name, bounds in BOUNDS.items() if getattr(args, name) is not None}
+    wrong = {name: bounds for name, bounds in given.items() if not bounds[0] <= getattr(args, name) <= bounds[1]}
     if wrong:
-        flags = {name: "--" + name.replace("_", "-") for name in wrong}
+        names = {name: "--" + name.replace("_", "-") for name in wrong}
         raise UserError(
-            f"out of bounds: {', '.join(f'{flags[name]} {getattr(args, name)}' for name in wrong)}",
-            ", ".join(f"{flags[name]} is {least} to {most}" for name, (least, most) in wrong.items()),
+            f"out of bounds: {', '.join(f'{names[name]} {getattr(args, name)}' for name in wrong)}",
+            ", ".join(f"{names[name]} is {minimum} to {maximum}" for name, (minimum, maximum) in wrong.items()),
         )
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port} ({error})", "choose another --host or --port") from error
-    return listener
+    """A listening socket; raises UserError if the address is not available."""
+    with contextlib.ExitStack() as on_error:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = on_error.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()  # uvicorn sets its own backlog
+        except OSError as error:
+            raise UserError(f"cannot listen on {host}:{port} ({error})", "choose another --host or --port") from error
+        on_error.pop_all()
+        return listener

@@ -1,6 +1,6 @@
 """Check every file of a converted checkpoint or adapter against its manifest: size and SHA-256.
 
-A GGUF file of a model store is checked against the record that `glm prepare` has left beside it.
+A GGUF file is checked against the record FILE.json that `glm prepare` or `glm quantize` wrote beside it: copy both.
 """
 
 import argparse
@@ -12,31 +12,31 @@ from entrypoints.errors import UserError
 from entrypoints.settings import Settings
 
 logger = logging.getLogger(__name__)
-LOOK_SECONDS = 1.0  # between two looks at a folder that is not there yet
+POLL_SECONDS = 1.0  # while waiting for a model that does not exist yet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `glm verify`."""
     parser.add_argument("model", type=Path, metavar="DIR|FILE", help="folder with a manifest.json, or GGUF file")
     parser.add_argument(
-        "--wait-seconds", type=int, default=0, help="how long to wait for it, while another process prepares it"
+        "--wait-seconds", type=int, default=0, help="how long to wait for the model, while another process prepares it"
     )
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
-    """Print how many files are as the manifest says."""
+    """Verify, and print how many files match."""
     if args.wait_seconds:
         _wait_for(args.model, args.wait_seconds)
     if args.model.is_file():
-        from entrypoints.checkpoint.manifest import check_record
+        from entrypoints.checkpoint.manifest import check_file_record
 
-        check_record(args.model)
-        print(f"{args.model}: as it was made")
+        check_file_record(args.model)
+        print(f"{args.model}: matches its SHA-256")
         return
-    print(f"{args.model}: {_check_folder(args.model)} files as the manifest says")
+    print(f"{args.model}: {_verify_folder(args.model)} files match the manifest")
 
 
-def _check_folder(folder: Path) -> int:
+def _verify_folder(folder: Path) -> int:
     from tqdm import tqdm
 
     from entrypoints.checkpoint.manifest import check_manifest, read_manifest
@@ -47,11 +47,11 @@ def _check_folder(folder: Path) -> int:
 
 
 def _wait_for(model: Path, seconds: int) -> None:
-    """Return when it is there: a checkpoint appears whole or not at all. Raises UserError when the time is over."""
-    end = time.monotonic() + seconds
+    """Return when the model exists: it appears atomically. Raises UserError: it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
     if not model.exists():
         logger.info("waiting for %s", model)
     while not model.exists():
-        if time.monotonic() > end:
-            raise UserError(f"{model} did not appear within {seconds} seconds", "see what glm prepare says")
-        time.sleep(LOOK_SECONDS)
+        if time.monotonic() > deadline:
+            raise UserError(f"{model} did not appear within {seconds} seconds", "see the output of glm prepare")
+        time.sleep(POLL_SECONDS)

@@ -1,1 +1,1 @@
-"""Pages for people: clients of the API that hold no weights and no state but each visitor's own."""
+"""Pages for people: clients of the API without weights, and without state except that of each visitor."""

@@ -1,161 +1,230 @@
-"""The pages' way to the API, with the official client: the models, and an answer that grows in the background."""
+"""Access of the chat pages to an OpenAI-compatible server: list the models, stream an answer in the background."""
 
 import asyncio
+import re
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NotRequired
 from urllib.parse import urlsplit
 
-import httpx2
 import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from openai.types.chat import (
+    ChatCompletionAssistantMessageParam,
+    ChatCompletionChunk,
+    ChatCompletionFunctionToolParam,
+    ChatCompletionMessageFunctionToolCallParam,
+    ChatCompletionMessageParam,
+)
+from openai.types.chat.chat_completion_chunk import ChoiceDeltaToolCall
+from openai.types.chat.chat_completion_message_function_tool_call_param import Function
+from typing_extensions import TypedDict  # pydantic cannot read the one of typing before Python 3.12
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-CONNECT_SECONDS = 5
-FAILURES = (openai.OpenAIError, httpx2.HTTPError)  # the latter where a connection breaks midway
-READ_SECONDS = 600  # a slow machine reads a long prompt before its first token
+from entrypoints.errors import UserError
+from entrypoints.flags import is_loopback
+from entrypoints.web.request_errors import REQUEST_ERRORS, ErrorMessage, describe_error, is_too_long
+
+CONNECT_TIMEOUT_SECONDS = 5
+READ_TIMEOUT_SECONDS = 600  # prompt processing on a slow machine delays the first token
+
+ToolCall = ChatCompletionMessageFunctionToolCallParam
+
+
+class Message(TypedDict):
+    """A message of the conversation, in the form of the API."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+    tool_calls: NotRequired[list[ToolCall]]
+    tool_call_id: NotRequired[str]
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Why there is no answer; `key` is one of web.texts."""
-
-    key: str
-    values: dict[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model or adapter of /v1/models; `window` in tokens, None where the server does not say."""
+class ModelInfo:
+    """A model or adapter of /v1/models; context length in tokens, None if the server does not report it."""
 
     name: str
-    window: int | None = None
+    context_length: int | None = None
     parent: str | None = None
 
 
-@dataclass
-class Growth:
-    """An answer while it grows; written by one thread, read by another."""
+@dataclass(frozen=True)
+class TokenCount:
+    """Tokens of a text, and the context length of the model; None if the server does not report it."""
 
-    text: str = ""
-    calls: list[dict] = field(default_factory=list)  # as OpenAI's tool_calls
-    pieces: int = 0
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    finish_reason: str | None = None
-    dropped: int = 0  # oldest rounds left out, so that the prompt fits the window
-    problem: Problem | None = None
-    seconds: float = 0.0
-
-    def tokens(self) -> int:
-        """Tokens of the answer; about as many as pieces where the server was not asked to the end."""
-        return self.pieces if self.completion_tokens is None else self.completion_tokens
+    tokens: int
+    limit: int | None
 
 
 @dataclass(frozen=True)
-class Api:
+class CompletionRequest:
+    """The fields of a chat completion request except its messages."""
+
+    model: str
+    max_tokens: int
+    temperature: float
+    top_p: float
+    tools: list[ChatCompletionFunctionToolParam] | None = None
+
+
+@dataclass
+class StreamedAnswer:
+    """An answer while it is streamed; written by one thread, read by another."""
+
+    text: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    num_deltas: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    finish_reason: str | None = None
+    dropped_rounds: int = 0  # oldest rounds omitted so that the prompt fits the context window
+    error: ErrorMessage | None = None
+    seconds: float = 0.0
+    _calls_by_index: dict[int, ToolCall] = field(default_factory=dict)
+
+    def num_tokens(self) -> int:
+        """Tokens of the answer; the number of deltas as an estimate if the stream ended before its usage arrived."""
+        return self.num_deltas if self.completion_tokens is None else self.completion_tokens
+
+    def add(self, chunk: ChatCompletionChunk) -> None:
+        """Append one chunk of the stream."""
+        if chunk.usage:
+            self.prompt_tokens, self.completion_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
+        for choice in chunk.choices or ():
+            self.finish_reason = choice.finish_reason or self.finish_reason
+            if choice.delta and choice.delta.content:
+                self.text += choice.delta.content
+                self.num_deltas += 1
+            for piece in (choice.delta and choice.delta.tool_calls) or ():
+                self._add_call(piece)
+
+    def _add_call(self, piece: ChoiceDeltaToolCall) -> None:
+        """Append a call, or a piece of one: many servers send the arguments in pieces with the index of the call."""
+        call = self._calls_by_index.get(piece.index)
+        name = (piece.function and piece.function.name) or ""
+        if call is None or (piece.id and piece.id != call["id"] and name):  # some servers number every call 0
+            function: Function = {"name": "", "arguments": ""}
+            call = {"id": piece.id or f"call_{len(self.tool_calls)}", "type": "function", "function": function}
+            self._calls_by_index[piece.index] = call
+            self.tool_calls.append(call)
+        call["function"]["name"] = call["function"]["name"] or name
+        call["function"]["arguments"] += (piece.function and piece.function.arguments) or ""
+
+
+@dataclass(frozen=True)
+class ApiClient:
     """An OpenAI-compatible server; `url` ends in /v1."""
 
     url: str
     key: str = field(default="", repr=False)
 
-    def with_key(self, key: str) -> "Api":
-        """The same server for a visitor with a key of their own."""
-        return Api(self.url, key.strip() or self.key)
+    def with_key(self, key: str) -> "ApiClient":
+        """The same server with a visitor's own key; an empty key keeps the current one."""
+        return ApiClient(self.url, key.strip() or self.key)
 
-    def models(self) -> list[Model] | Problem:
-        """Its models, or why there are none to see."""
-        return asyncio.run(self._models())
+    def list_models(self) -> list[ModelInfo] | ErrorMessage:
+        """The models of the server, or why they cannot be listed."""
+        return asyncio.run(self._list_models())
 
-    async def _models(self) -> list[Model] | Problem:
+    async def _list_models(self) -> list[ModelInfo] | ErrorMessage:
         try:
-            async with self._client() as client:
-                found = (await client.models.list()).data
-        except FAILURES as error:
-            return problem_of(error, self.url)
-        return [Model(m.id, getattr(m, "max_model_len", None), getattr(m, "parent", None)) for m in found]
+            async with self._connect() as client:
+                models = (await client.models.list()).data
+        except REQUEST_ERRORS as error:
+            return describe_error(error, self.url, bool(self.key))
+        return [ModelInfo(m.id, getattr(m, "max_model_len", None), getattr(m, "parent", None)) for m in models]
 
-    async def answer(self, messages: list[dict], options: dict[str, Any], growth: Growth) -> None:
-        """Let `growth` grow until the answer ends; oldest rounds that do not fit the window are left out."""
+    def count_tokens(self, text: str, model: str) -> TokenCount | None:
+        """Ask the server for the tokens of a text, by the route that glm serve and vLLM have; None without it."""
+        return asyncio.run(self._count_tokens(text, model))
+
+    async def _count_tokens(self, text: str, model: str) -> TokenCount | None:
+        url = re.sub(r"/v\d+\w*$", "/tokenize", self.url)
+        try:
+            async with self._connect() as client:
+                found = await client.post(url, cast_to=object, body={"model": model, "prompt": text})
+        except REQUEST_ERRORS:
+            return None
+        if not isinstance(found, dict) or not isinstance(found.get("count"), int):
+            return None
+        return TokenCount(found["count"], found.get("max_model_len"))
+
+    async def stream_answer(
+        self, messages: Sequence[Message], request: CompletionRequest, answer: StreamedAnswer
+    ) -> None:
+        """Fill `answer` until it is complete; the oldest rounds are omitted if the prompt does not fit."""
+        start = time.monotonic()
+        remaining: Sequence[Message] | None = messages
+        try:
+            async with self._connect() as client:
+                while remaining:
+                    remaining = await self._stream_once(client, remaining, request, answer)
+                    answer.dropped_rounds += bool(remaining)
+        except REQUEST_ERRORS as error:
+            answer.error = describe_error(error, self.url, bool(self.key))
+        finally:
+            answer.seconds = time.monotonic() - start
+
+    async def _stream_once(
+        self, client: AsyncOpenAI, messages: Sequence[Message], request: CompletionRequest, answer: StreamedAnswer
+    ) -> list[Message] | None:
+        """None after a complete stream; the messages without the oldest round if the prompt is too long."""
         start = time.monotonic()
         try:
-            async with self._client() as client:
-                while not await self._tried(client, messages, options, growth, start):
-                    messages = without_oldest_round(messages)
-                    growth.dropped += 1
-        except FAILURES as error:
-            growth.problem = problem_of(error, self.url)
-        finally:
-            growth.seconds = time.monotonic() - start
-
-    async def _tried(
-        self, client: AsyncOpenAI, messages: list[dict], options: dict[str, Any], growth: Growth, start: float
-    ) -> bool:
-        """False when the prompt is too long and a shorter one can be tried."""
-        try:
             stream = await client.chat.completions.create(
-                messages=messages, stream=True, stream_options={"include_usage": True}, **options
+                messages=[_as_param(message) for message in messages],
+                model=request.model,
+                max_tokens=request.max_tokens,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                tools=request.tools or openai.omit,
+                stream=True,
+                stream_options={"include_usage": True},
             )
         except openai.BadRequestError as error:
-            if error.code == "context_length_exceeded" and without_oldest_round(messages):
-                return False
+            shorter = drop_oldest_round(messages)
+            if is_too_long(error) and shorter:
+                return shorter
             raise
         async with stream:
             async for chunk in stream:
-                _add(growth, chunk)
-                growth.seconds = time.monotonic() - start
-        return True
+                answer.add(chunk)
+                answer.seconds = time.monotonic() - start
+        return None
 
-    def _client(self) -> AsyncOpenAI:
-        # a proxy in the environment must not come between a page and its server on the same machine
-        direct = urlsplit(self.url).hostname in LOOPBACK
-        timeout = openai.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
-        web = DefaultAsyncHttpxClient(trust_env=not direct, timeout=timeout)
-        return AsyncOpenAI(base_url=self.url, api_key=self.key or "none", max_retries=0, http_client=web)
-
-
-def _add(growth: Growth, chunk: Any) -> None:
-    if chunk.usage:
-        growth.prompt_tokens, growth.completion_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
-    for choice in chunk.choices:
-        if choice.delta.content:
-            growth.text += choice.delta.content
-            growth.pieces += 1
-        growth.calls += [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": call.function.arguments},
-            }
-            for call in choice.delta.tool_calls or ()
-        ]
-        growth.finish_reason = choice.finish_reason or growth.finish_reason
+    def _connect(self) -> AsyncOpenAI:
+        # a proxy of the environment must not be used between a page and a server on the same machine
+        is_local = is_loopback(urlsplit(self.url).hostname or "")
+        timeout = openai.Timeout(READ_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS)
+        http = DefaultAsyncHttpxClient(trust_env=not is_local, timeout=timeout)
+        return AsyncOpenAI(base_url=self.url, api_key=self.key or "none", max_retries=0, http_client=http)
 
 
-class Answering:
-    """One answer in a thread of its own. `stop` drops the connection at once, which also stops the model."""
+class AnswerTask:
+    """One answer in its own thread. `stop` closes the connection at once, which also stops the model."""
 
-    def __init__(self, api: Api, messages: list[dict], options: dict[str, Any]) -> None:
-        self.growth = Growth()
+    def __init__(self, api: ApiClient, messages: Sequence[Message], request: CompletionRequest) -> None:
+        self.answer = StreamedAnswer()
         self.stopped = False
         self.done = threading.Event()
-        self.taking = threading.Lock()  # held by the one thread that makes the answer a turn
+        self.finish_lock = threading.Lock()  # held by the thread that appends the answer to the conversation
+        self.started = time.monotonic()
         self._lock = threading.Lock()
-        self._cancel: Callable[[], None] | None = None
-        work = self._watched(api.answer(messages, options, self.growth))
-        threading.Thread(target=asyncio.run, args=(work,), name="answering", daemon=True).start()
+        self._cancel: Callable[[], object] | None = None
+        work = self._run(api.stream_answer(messages, request, self.answer))
+        threading.Thread(target=asyncio.run, args=(work,), name="answer", daemon=True).start()
 
     def stop(self) -> None:
-        """Give the answer up; safe from any thread, and when it has ended."""
+        """Cancel the answer; safe from any thread, no effect after its end."""
         with self._lock:
             if not self.done.is_set():
                 self.stopped = True
             if self._cancel:
                 self._cancel()
 
-    async def _watched(self, work: Coroutine) -> None:
+    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
         task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
         with self._lock:
             self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
@@ -166,7 +235,7 @@ class Answering:
         except asyncio.CancelledError:
             pass
         except BaseException:
-            self.growth.problem = Problem("failed", {"detail": "internal error"})  # the log has the traceback
+            self.answer.error = ErrorMessage("failed", {"detail": "internal error"})  # the log has the traceback
             raise
         finally:
             with self._lock:
@@ -174,28 +243,47 @@ class Answering:
                 self.done.set()
 
 
-def without_oldest_round(messages: list[dict]) -> list[dict] | None:
-    """Drop the oldest question with all that answers it; None when only the last question is left."""
+def drop_oldest_round(messages: Sequence[Message]) -> list[Message] | None:
+    """The messages without the oldest question and its answers; None if only the last question is left."""
     questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if len(questions) < 2:
         return None
-    return messages[: questions[0]] + messages[questions[1] :]
+    return [*messages[: questions[0]], *messages[questions[1] :]]
 
 
-def problem_of(error: Exception, url: str) -> Problem:
-    """What a visitor should know of a failed request."""
-    if not isinstance(error, openai.APIStatusError):
-        lost = isinstance(error, (openai.APIConnectionError, httpx2.HTTPError))
-        return Problem("down", {"detail": url}) if lost else Problem("failed", {"detail": str(error)})
-    body = error.body if isinstance(error.body, dict) else {}
-    detail = {"detail": body.get("message") or f"HTTP {error.status_code}"}
-    wait = {"seconds": error.response.headers.get("retry-after", "5")}
-    if error.status_code in (401, 403):
-        return Problem("needs_key")
-    if error.status_code == 429:
-        return Problem("busy", wait)
-    if error.code == "loading":
-        return Problem("loading", wait)
-    if error.code == "context_length_exceeded":
-        return Problem("too_long", detail)
-    return Problem("refused" if error.status_code < 500 else "failed", detail)
+def base_url(url: str, key: str = "") -> str:
+    """The base URL of the API that a user named: with or without /v1, or the URL of an endpoint.
+
+    Where the path does not tell, the server is asked for its models. Raises UserError if it is not an HTTP URL.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"the API URL {url} is not an HTTP URL", "write it as http://host:8000/v1")
+    url = url.rstrip("/")
+    for endpoint in ("/chat/completions", "/completions", "/models"):
+        url = url.removesuffix(endpoint)
+    if re.search(r"/v\d+\w*$", url):
+        return url
+    with_version = f"{url}/v1"
+    if not urlsplit(url).path or not _has_no_models(with_version, key) or _has_no_models(url, key):
+        return with_version
+    return url
+
+
+def _has_no_models(url: str, key: str) -> bool:
+    models = ApiClient(url, key).list_models()
+    return isinstance(models, ErrorMessage) and models.key == "rejected"
+
+
+def _as_param(message: Message) -> ChatCompletionMessageParam:
+    role, content = message["role"], message["content"]
+    if role == "system":
+        return {"role": "system", "content": content}
+    if role == "user":
+        return {"role": "user", "content": content}
+    if role == "tool":
+        return {"role": "tool", "content": content, "tool_call_id": message["tool_call_id"]}
+    answer: ChatCompletionAssistantMessageParam = {"role": "assistant", "content": content}
+    if "tool_calls" in message:
+        answer["tool_calls"] = message["tool_calls"]
+    return answer

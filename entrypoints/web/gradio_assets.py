@@ -1,60 +1,100 @@
-"""Style and scripts of the Gradio page; all fonts are the visitor's own."""
+"""Style sheet and scripts of the Gradio page; only fonts of the visitor's system are used."""
 
-from entrypoints.web.display import JOINER
+from entrypoints.web.browser_script import BROWSER_SCRIPT
+from entrypoints.web.message_rendering import WORD_JOINER
 
-FONTS = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
+TEXT_FONTS = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
 MONO_FONTS = ["ui-monospace", "Noto Sans Mono CJK SC", "monospace"]
-DELIMITERS = [
+LATEX_DELIMITERS = [
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
 ]
+# Darker than the theme's own: text needs a contrast of 4.5 to its background.
+CONTRAST = {
+    "block_title_text_color": "*primary_700",
+    "button_primary_background_fill": "*primary_600",
+    "button_primary_background_fill_hover": "*primary_700",
+    "checkbox_label_background_fill_selected": "*primary_600",
+}
 CSS = """
-#banner {border-left: 4px solid #d97706; background: #fef3c7; color: #78350f; padding: 8px 12px; border-radius: 6px}
-#status {min-height: 1.4em; opacity: .75; font-size: 13px}
-#actions button {min-width: 84px}
-#top {align-items: center; flex-wrap: nowrap}
-#top h2 {margin: 0; white-space: nowrap}
-#language label {padding: 6px 10px}
+#banner {border-left: 4px solid #b45309; background: #fef3c7; color: #78350f; padding: 6px 12px; border-radius: 6px}
+#banner, #banner * {color: #78350f !important} /* also in dark mode */
+#status {min-height: 1.4em; font-size: 13px}
+#feedback_notice {font-size: 12px}
+#top {align-items: center; flex-wrap: nowrap; flex-grow: 0}
+#top h1 {margin: 0; white-space: nowrap; font-size: 20px}
+#language label {padding: 6px 10px; white-space: nowrap}
 #language label span {margin-left: 0}
 #language input {position: absolute; opacity: 0}
+#language label:has(input:focus-visible) {outline: 2px solid var(--color-accent)}
 #language .wrap {flex-wrap: nowrap}
-#actions {gap: 8px}
-@media (max-width: 640px) {#top h2 {font-size: 16px}}
+#input {flex-wrap: nowrap; gap: 8px; align-items: end; flex-grow: 0}
+#conversations .wrap {flex-direction: column; max-height: 30vh; overflow-y: auto; flex-wrap: nowrap}
+#conversations label {width: 100%; overflow: hidden}
+#conversations label span {white-space: nowrap; overflow: hidden; text-overflow: ellipsis}
+#theme label {white-space: nowrap}
+/* the page has the height of the screen, and the conversation gets what the other parts leave */
+#chats {flex: 1 1 0; min-height: 180px; align-items: stretch}
+#chats > * {height: 100%; min-height: 0}
+/* a closed side bar is outside the screen: its fields are no stops of the Tab key */
+.sidebar:not(.open) .sidebar-content {visibility: hidden}
+/* each paragraph in the direction of its script */
+.message :is(p, li, h1, h2, h3, h4, td, th, pre.typed) {unicode-bidi: plaintext; text-align: start}
+.message .prose.chatbot.md {opacity: 1}
+.message pre.typed {font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; padding: 0;
+  background: none; border: none}
+.message .card {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 4px 10px}
+.message .card summary {cursor: pointer; font-weight: 600}
+.message .card pre {white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0; background: none}
+.message .failed_result {border-color: #b91c1c}
+.message .failed_result summary, .message .error {color: var(--error-text-color)}
+.message .actions {display: flex; flex-wrap: wrap; gap: 2px 4px; align-items: center; margin-top: 2px}
+.message .actions > * {margin: 0 !important}
+.message .act {font-size: 12px; padding: 2px 6px; border-radius: 6px; color: var(--body-text-color)}
+.message .act:hover {background: var(--border-color-primary)}
+.message .act:focus-visible {outline: 2px solid var(--color-accent)}
+.message .act.pressed {background: var(--color-accent); color: white}
+.message :is(.version, .caption) {font-size: 12px}
+.message .code_wrap pre {padding-right: 44px} /* the copy button must not cover the text */
+#chats .icon-button-wrapper.top-panel {display: none}
+@media (max-width: 640px) {#attach {min-width: 64px !important}}
 footer {display: none !important}
 """
-# Copying gives back what was said: the joiners of display.py go.
-HEAD = """
-<style>
-  /* not in CSS: what Gradio makes of :root there no longer counts within @media */
-  :root {--chat-height: max(200px, calc(100dvh - 230px))}
-  @media (max-width: 640px) {:root {--chat-height: max(200px, calc(100dvh - 365px))}}
-</style>
-<script>
-{
-  const raw = (text) => text.replace(/(?<=[<&!])JOINER/g, "");
-  const clipboard = navigator.clipboard;
-  if (clipboard) {
-    const write = clipboard.writeText.bind(clipboard);
-    clipboard.writeText = (text) => write(raw(text));
+# Copied text is the raw text: the word joiners of message_rendering.py are removed.
+HEAD = (
+    "<script>"
+    + BROWSER_SCRIPT
+    + """
+document.addEventListener("copy", (event) => {
+  const field = document.activeElement;
+  const typed = field && field.selectionStart !== undefined && field.selectionStart !== field.selectionEnd;
+  const text = typed ? field.value.slice(field.selectionStart, field.selectionEnd) : String(getSelection());
+  if (text.includes("JOINER")) {
+    event.clipboardData.setData("text/plain", text.replace(/(?<=[<&!])JOINER/g, ""));
+    event.preventDefault();
   }
-  document.addEventListener("copy", (event) => {
-    const field = document.activeElement;
-    const typed = field && field.selectionStart !== undefined && field.selectionStart !== field.selectionEnd;
-    const text = typed ? field.value.slice(field.selectionStart, field.selectionEnd) : String(getSelection());
-    if (text.includes("JOINER")) {
-      event.clipboardData.setData("text/plain", raw(text));
-      event.preventDefault();
-    }
-  });
-}
+});
 </script>
-""".replace("JOINER", JOINER)
-OPEN_WHERE_WIDE = "() => ({__type__: 'update', open: innerWidth >= 1000})"
-DOWNLOAD = """(text) => {
-  if (!text) return;
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], {type: "application/jsonl"}));
-  link.download = "conversation.jsonl";
-  link.click();
-  URL.revokeObjectURL(link.href);
-}"""
+""".replace("JOINER", WORD_JOINER)
+)
+# In the component `action`: a click on a button of a message becomes an event of the component.
+ACTION_SCRIPT = """
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("#chats .message button.act");
+  if (!button) return;
+  page.clicked = {name: button.name, value: button.value};
+  trigger("click", page.clicked);
+});
+"""
+OPEN_SIDEBAR_ON_WIDE_SCREENS = "() => ({__type__: 'update', open: innerWidth >= 1000})"
+READ_BROWSER = "(_, ...rest) => [page.read(), ...rest]"
+WRITE_BROWSER = "(changes) => page.write(changes)"
+SAVE_SETTINGS = "(...values) => page.saveSettings(values)"
+APPLY_LANGUAGE = "(language) => page.setLanguage(language)"
+APPLY_THEME = "(theme) => page.setTheme(theme)"
+DOWNLOAD = "(file) => page.download(file)"
+COPY = "(text) => page.copy(text)"
+PICK_TEXT = "async (_, ...rest) => [await page.pickText('.txt,.md,.csv,.json,.jsonl,.log,.py,text/*'), ...rest]"
+PICK_JSON = "async (_, ...rest) => [await page.pickText('.json'), ...rest]"
+FOCUS_QUESTION = "() => page.focus('#question textarea')"
+FOCUS_AFTER_ACTION = "() => page.focusAfterAction()"

@@ -1,34 +1,44 @@
-"""The chat page in Gradio. What was said is kept raw in a Talk of each visitor; the chat widget only shows it."""
+"""The chat page in Gradio. A ChatSession per visitor holds the raw messages; the chat widget only displays them."""
 
 import asyncio
 import html
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
 from starlette.applications import Starlette
 
-from entrypoints.web.client import Api, Problem
-from entrypoints.web.display import bubbles, for_gradio, status
-from entrypoints.web.gradio_assets import CSS, DELIMITERS, DOWNLOAD, FONTS, HEAD, MONO_FONTS, OPEN_WHERE_WIDE
-from entrypoints.web.talk import Options, Slider, Talk, sliders
-from entrypoints.web.texts import LANGUAGES, TEXTS, language_of, say
+from entrypoints.web import gradio_assets as assets
+from entrypoints.web.client import ApiClient, ModelInfo
+from entrypoints.web.feedback import FeedbackFile
+from entrypoints.web.gradio_html import chat_messages
+from entrypoints.web.gradio_layout import Layout, examples, theme_choices
+from entrypoints.web.gradio_sidebar import EVENT_OPTIONS, SidebarEvents, Updates
+from entrypoints.web.i18n import negotiate_language, translate
+from entrypoints.web.message_actions import Action, MessageActions
+from entrypoints.web.request_errors import ErrorMessage
+from entrypoints.web.session import ChatOptions, ChatSession, RunningAnswer, slider_ranges
+from entrypoints.web.transcript import error_text, input_hint, status_line
+from entrypoints.web.user_sign_in import signed_in_user
 
-TICK_SECONDS = 0.08
-RETRY_SECONDS = 4
+UPDATE_INTERVAL_SECONDS = 0.08
+RETRY_INTERVAL_SECONDS = 4
 
 
-def create_app(api: Api, root_path: str = "") -> Starlette:
-    """The page as an ASGI application, under `root_path` if there is one."""
-    page = ChatPage(api)
-    return gr.mount_gradio_app(
+def create_app(
+    api: ApiClient, root_path: str = "", feedback: FeedbackFile | None = None, users_file: str = ""
+) -> Starlette:
+    """The page as an ASGI application, below `root_path` if there is one."""
+    page = ChatPage(api, feedback, users_file)
+    app: Starlette = gr.mount_gradio_app(
         Starlette(),
         page.blocks,
         path=root_path or "/",
-        theme=gr.themes.Soft(font=FONTS, font_mono=MONO_FONTS),
-        css=CSS,
-        head=HEAD,
-        i18n=page.i18n,
+        theme=gr.themes.Soft(font=assets.TEXT_FONTS, font_mono=assets.MONO_FONTS).set(**assets.CONTRAST),
+        css=assets.CSS,
+        head=assets.HEAD,
+        i18n=page.ui.i18n,
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
@@ -37,238 +47,250 @@ def create_app(api: Api, root_path: str = "") -> Starlette:
         max_file_size=1,
         show_error=False,
     )
+    return app
 
 
 class ChatPage:
-    """The widgets and what they do; holds nothing of any visitor."""
+    """The event handlers; the state of a visitor is in `self.session` only."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: ApiClient, feedback: FeedbackFile | None, users_file: str) -> None:
         self.api = api
-        self.i18n = gr.I18n(**{tag: _texts(language) for language in LANGUAGES for tag in _tags(language)})
-        self.labels: list[tuple[Any, dict[str, str]]] = []  # widget, {property: key of its text}
+        self.users_file = users_file
+        self.actions = MessageActions(api, feedback)
         with gr.Blocks(title="ChatGLM3", fill_height=True, analytics_enabled=False) as self.blocks:
-            self.talk = gr.State(Talk(), delete_callback=Talk.stop)
-            self.retry = gr.Timer(RETRY_SECONDS, active=False)
-            self.settings()
-            self.conversation()
-            self.wire()
+            self.session = gr.State(ChatSession(), delete_callback=ChatSession.stop_answers)
+            self.retry = gr.Timer(RETRY_INTERVAL_SECONDS, active=False)
+            self.ui = Layout(bool(feedback))
+            self._connect_chat_events()
+            self._connect_settings_events()
 
-    def add(self, kind: type, texts: dict[str, str], **properties: Any) -> Any:
-        """A widget whose `texts` ({property: key}) follow the language."""
-        widget = kind(**{name: self.i18n(key) for name, key in texts.items()}, **properties)
-        self.labels.append((widget, texts))
-        return widget
-
-    def settings(self) -> None:
-        """The side bar."""
-        with gr.Sidebar(width=320, open=False, elem_id="settings") as self.sidebar:
-            self.model = self.add(gr.Dropdown, {"label": "model"}, choices=[], elem_id="model")
-            self.refresh = self.add(gr.Button, {"value": "refresh"}, size="sm")
-            self.system = self.add(
-                gr.Textbox, {"label": "system", "placeholder": "system_hint"}, lines=2, elem_id="system"
-            )
-            self.sliders = [
-                self.add(gr.Slider, {"label": name}, elem_id=name, **_slider(slider))
-                for name, slider in sliders().items()
-            ]
-            self.tool_mode = self.add(gr.Checkbox, {"label": "tool_mode"}, elem_id="tool_mode")
-            self.tools = self.add(
-                gr.Code, {"label": "tools"}, value=Options.tools, language="json", visible=False, elem_id="tools"
-            )
-            self.key = self.add(gr.Textbox, {"label": "key"}, type="password", elem_id="key")
-        self.chosen = [self.model, self.system, *self.sliders, self.tool_mode, self.tools, self.key]
-
-    def conversation(self) -> None:
-        """Title, language, banner, chat, question, buttons."""
-        with gr.Row(elem_id="top", equal_height=True):
-            gr.Markdown(f"## {say('en', 'title')}", min_width=96)
-            self.language = gr.Radio(
-                [(name, language) for language, name in LANGUAGES.items()], show_label=False, container=False,
-                elem_id="language", min_width=148, scale=0,
-            )  # fmt: skip
-        self.banner = gr.HTML(visible=False, elem_id="banner")
-        self.chat = self.add(
-            gr.Chatbot, {"placeholder": "empty"}, show_label=False, elem_id="chat", height="var(--chat-height)",
-            buttons=["copy", "copy_all"], latex_delimiters=DELIMITERS, sanitize_html=True, allow_tags=False,
-            feedback_options=None, layout="bubble", allow_file_downloads=False,
-        )  # fmt: skip
-        self.status = gr.Markdown(elem_id="status", sanitize_html=True)
-        self.question = self.add(
-            gr.Textbox, {"placeholder": "question", "submit_btn": "send"}, show_label=False, lines=1, max_lines=8,
-            autofocus=True, elem_id="question",
-        )  # fmt: skip
-        with gr.Row(elem_id="actions"):
-            self.regenerate, self.edit, self.clear, self.export = self.actions = [
-                self.add(gr.Button, {"value": name}, size="sm", elem_id=name)
-                for name in ("regenerate", "edit", "clear", "export")
-            ]
-        self.exported = gr.Textbox(visible=False)
-
-    def wire(self) -> None:
-        """Events. None is offered as an API; none waits for another visitor's."""
-        visitor = [self.talk, self.language]
-        growing = [self.chat, self.status, self.banner, self.retry, self.question, *self.actions]
-        alone = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
-        asking = [*visitor, self.question, *self.chosen]
-        self.question.submit(self.ask, asking, growing, **alone)
-        self.regenerate.click(self.again, asking, growing, **alone)
-        self.question.stop(Talk.stop, self.talk, None, queue=False, **alone)
-        shown = [self.chat, self.status, self.question]
-        self.edit.click(self.take_back, visitor, shown, **alone)
-        gr.on([self.clear.click, self.chat.clear], self.start_anew, visitor, shown, **alone)
-        self.export.click(self.rows, visitor, [self.exported, self.status], **alone).then(
-            None, self.exported, None, js=DOWNLOAD, api_visibility="private"
+    def _connect_chat_events(self) -> None:
+        ui = self.ui
+        visitor = [self.session, ui.language]
+        inputs = [*visitor, ui.question, *ui.options]
+        outputs = [
+            ui.chat, ui.other_chat, ui.status, ui.banner, self.retry, ui.question, ui.edit_group, ui.edit_text,
+            ui.copied,
+        ]  # fmt: skip
+        self.shown = outputs
+        submitted = ui.question.submit(self.submit, inputs, outputs, **EVENT_OPTIONS)
+        ui.question.stop(ChatSession.stop_answers, self.session, None, queue=False, **EVENT_OPTIONS).then(
+            None, None, None, js=assets.FOCUS_QUESTION, api_visibility="private"
         )
-        labelled = [widget for widget, _ in self.labels]
-        self.language.input(self.speak, visitor, [*labelled, self.status], **alone)
-        self.tool_mode.input(lambda on: gr.update(visible=on), self.tool_mode, self.tools, **alone)
-        models = {
-            "fn": self.models, "inputs": [self.language, self.model, self.key, self.sliders[0]],
-            "outputs": [self.model, self.sliders[0], self.banner, self.retry], **alone,
-        }  # fmt: skip
-        self.blocks.load(_language, None, self.language, **alone).then(**models)
-        gr.on([self.refresh.click, self.key.change, self.retry.tick], **models)
-        self.model.input(**models)
-        self.blocks.load(None, None, self.sidebar, js=OPEN_WHERE_WIDE, api_visibility="private")
+        # "multiple": a click during the event of another one is not lost
+        clicked = ui.action.click(self.act, inputs, outputs, trigger_mode="multiple", **EVENT_OPTIONS)
+        clicked.then(None, ui.copied, None, js=assets.COPY, api_visibility="private")
+        edit_inputs = [*visitor, ui.edit_text, *ui.options]
+        saved = gr.on([ui.save_edit.click], self.save_edit, edit_inputs, outputs, **EVENT_OPTIONS)
+        cancelled = ui.cancel_edit.click(self.cancel_edit, visitor, outputs, **EVENT_OPTIONS)
+        example = ui.chat.example_select(self.submit_example, [*visitor, *ui.options], outputs, **EVENT_OPTIONS)
+        cleared = ui.clear.click(self.clear, visitor, outputs, **EVENT_OPTIONS)
+        for event in (clicked, saved, cancelled):
+            event.then(None, None, None, js=assets.FOCUS_AFTER_ACTION, api_visibility="private")
+        for event in (example, cleared):
+            event.then(None, None, None, js=assets.FOCUS_QUESTION, api_visibility="private")
+        self.side = SidebarEvents(ui, self.api, self.session, self.draw, outputs)
+        self.side.connect([submitted, clicked, saved, example, cleared])
 
-    async def ask(self, talk: Talk, language: str, text: str, *chosen: Any) -> AsyncIterator[dict]:
-        """Answer what was typed, a question or a tool's result."""
-        if text.strip():
-            talk.take()
-            talk.say(text)
-            async for update in self.growing(talk, language, Options(*chosen)):
-                yield {self.question: "", **update}
-
-    async def again(self, talk: Talk, language: str, text: str, *chosen: Any) -> AsyncIterator[dict]:
-        """Answer the last question anew, or for the first time where that failed."""
-        talk.take()
-        if talk.forget_answer():
-            async for update in self.growing(talk, language, Options(*chosen)):
-                yield update
-
-    async def growing(self, talk: Talk, language: str, options: Options) -> AsyncIterator[dict]:
-        """The answer as it grows: all that changes at its start and end, between them the text alone."""
-        problem = talk.start(self.api, options)
-        if answering := talk.answering:
-            yield {
-                **self.shown(talk, language),
-                **self.banner_for(None, language),
-                **{button: gr.update(interactive=False) for button in self.actions},
-                self.question: gr.update(value="", interactive=False, submit_btn=False, stop_btn=say(language, "stop")),
-            }
-            try:
-                pieces = 0
-                while not answering.done.is_set():
-                    await asyncio.sleep(TICK_SECONDS)
-                    if answering.growth.pieces != pieces:
-                        pieces = answering.growth.pieces
-                        yield {self.chat: self.messages(talk, language)}
-            finally:  # also when the visitor has gone
-                if talk.answering is answering and (taken := talk.take()):
-                    problem = taken.problem
-        yield {
-            **self.shown(talk, language),
-            **self.banner_for(problem, language),
-            **{button: gr.update(interactive=True) for button in self.actions},
+    def _connect_settings_events(self) -> None:
+        ui = self.ui
+        labelled = [component for component, _ in ui.labels]
+        translated = [*labelled, ui.chat, ui.other_chat, ui.status, ui.banner, self.retry, ui.question, ui.theme]
+        translated = list(dict.fromkeys(translated))
+        ui.language.input(self.change_language, [self.session, ui.language], translated, **EVENT_OPTIONS).then(
+            None, ui.language, None, js=assets.APPLY_LANGUAGE, api_visibility="private"
+        )
+        ui.tool_mode.change(lambda on: gr.update(visible=on), ui.tool_mode, ui.tools, **EVENT_OPTIONS)
+        load_models: dict[str, Any] = {
+            "fn": self.load_models,
+            "inputs": [self.session, ui.language, ui.model, ui.key, ui.sliders[0]],
+            "outputs": [ui.model, ui.compare_model, ui.sliders[0], ui.banner, self.retry],
+            **EVENT_OPTIONS,
         }
-
-    def shown(self, talk: Talk, language: str) -> dict:
-        """The chat, its status line and the field below it."""
-        waiting = talk.waiting_calls()
-        hint = (
-            say(language, "observation", name=waiting[0]["function"]["name"]) if waiting else say(language, "question")
+        started = self.blocks.load(
+            self.restore,
+            [ui.received, self.session],
+            [ui.user, *self.side.restored()],
+            js=assets.READ_BROWSER,
+            **EVENT_OPTIONS,
         )
+        started.then(None, ui.language, None, js=assets.APPLY_LANGUAGE, api_visibility="private")
+        started.then(self.change_language, [self.session, ui.language], translated, **EVENT_OPTIONS)
+        started.then(**load_models)
+        gr.on([ui.refresh.click, ui.key.change, self.retry.tick, ui.model.input], **load_models)
+        ui.theme.change(None, ui.theme, None, js=assets.APPLY_THEME, api_visibility="private")
+        self.blocks.load(None, None, ui.sidebar, js=assets.OPEN_SIDEBAR_ON_WIDE_SCREENS, api_visibility="private")
+
+    def restore(self, stored: str, session: ChatSession, request: gr.Request) -> Updates:
+        """What the browser kept, in the language of the browser if it kept none; and the name of the signed-in user."""
+        user = signed_in_user(request.headers, self.users_file)
+        session.user_key = user.api_key if user else ""
+        language = negotiate_language(request.headers.get("accept-language"))
+        updates = self.side.restore(stored, session, language)
+        text = translate(updates[self.ui.language], "sign_out")
+        link = f'{html.escape(user.name)} · <a href="sign-out" target="_self">{text}</a>' if user else ""
+        return {**updates, self.ui.user: gr.update(value=link, visible=user is not None)}
+
+    async def submit(self, session: ChatSession, language: str, text: str, *options: Any) -> AsyncIterator[Updates]:
+        """Answer the input, a question or the result of a tool call; nothing happens while an answer is in progress."""
+        if text.strip() and not session.running:
+            chosen = ChatOptions(*options)
+            is_sent = session.ask(self.api, chosen, text)
+            async for updates in self._show_answers(session, language, chosen):
+                if is_sent:
+                    updates[self.ui.question] = {**updates[self.ui.question], "value": ""}
+                    is_sent = False
+                yield updates
+
+    async def submit_example(
+        self, event: gr.SelectData, session: ChatSession, language: str, *options: Any
+    ) -> AsyncIterator[Updates]:
+        """Answer a question of the empty page."""
+        async for updates in self.submit(session, language, event.value["text"], *options):
+            updates.get(self.ui.question, {}).pop("value", None)  # keeps a draft
+            yield updates
+
+    async def act(
+        self, event: gr.EventData, session: ChatSession, language: str, _text: str, *options: Any
+    ) -> AsyncIterator[Updates]:
+        """What a button of a message does."""
+        chosen = ChatOptions(*options)
+        side, _, node = event.value.partition(".")
+        result = self.actions.run(session, chosen, Action(event.name, int(side), int(node)), language)
+        extra: Updates = {self.ui.copied: result.copied, **self._edit_field(session)}
+        async for updates in self._show_answers(session, language, chosen):
+            yield {**extra, **updates}
+            extra = {}
+
+    async def save_edit(self, session: ChatSession, language: str, text: str, *options: Any) -> AsyncIterator[Updates]:
+        """Use the edited text: a new version of a question, or the correction of an answer."""
+        chosen = ChatOptions(*options)
+        self.actions.save_edit(session, chosen, text)
+        extra = self._edit_field(session)
+        async for updates in self._show_answers(session, language, chosen):
+            yield {**extra, **updates}
+            extra = {}
+
+    def cancel_edit(self, session: ChatSession, language: str) -> Updates:
+        """Close the field of the edited text."""
+        session.edited = None
+        return {**self._edit_field(session), **self._conversation(session, language)}
+
+    async def _show_answers(self, session: ChatSession, language: str, options: ChatOptions) -> AsyncIterator[Updates]:
+        """Everything at the start and at the end of the answers; between them the conversation only."""
+        while running := dict(session.running):
+            yield {**self._conversation(session, language), **self._banner(session, language)}
+            try:
+                shown: tuple[object, ...] = ()
+                while session.running == running and not session.is_done():
+                    await asyncio.sleep(UPDATE_INTERVAL_SECONDS)
+                    state = tuple(_progress(each) for each in running.values())
+                    if state != shown:
+                        shown = state
+                        yield self._chats(session, language)
+            finally:  # also if the visitor has left
+                if session.running == running:
+                    session.finish_answers()
+            if session.error or not session.run_demo_tools(self.api, options):
+                break
+        yield {**self._conversation(session, language), **self._banner(session, language)}
+
+    def _conversation(self, session: ChatSession, language: str) -> Updates:
+        """The chat, its status line and the buttons of the input field, whose text is left alone."""
+        is_running = bool(session.running)
         return {
-            self.chat: self.messages(talk, language),
-            self.status: status(talk, language),
-            self.question: gr.update(
-                interactive=True, placeholder=hint, submit_btn=say(language, "send"), stop_btn=False
+            **self._chats(session, language),
+            self.ui.status: "" if is_running else status_line(session, language),
+            self.ui.question: gr.update(
+                placeholder=input_hint(session, language),
+                submit_btn=False if is_running else translate(language, "send"),
+                stop_btn=translate(language, "stop") if is_running else False,
             ),
         }
 
-    def messages(self, talk: Talk, language: str) -> list[dict]:
-        """The talk as the chat widget takes it."""
-        return [
-            {
-                "role": bubble.role,
-                "content": bubble.markdown,
-                "metadata": {"title": bubble.title} if bubble.title else {},
-            }
-            for bubble in bubbles(talk, language, for_gradio)
-        ]
-
-    def banner_for(self, problem: Problem | None, language: str) -> dict:
-        """The banner, and the timer that waits for a server to come back."""
-        text = html.escape(say(language, problem.key, **problem.values)) if problem else ""
+    def _chats(self, session: ChatSession, language: str) -> Updates:
+        """The messages of one or two sides."""
+        feedback = bool(self.actions.feedback)
+        two = len(session.conversation.leaves) > 1
+        other = chat_messages(session, language, 1, feedback) if two else []
         return {
-            self.banner: gr.update(value=f'<div role="alert">{text}</div>', visible=bool(text)),
-            self.retry: gr.Timer(active=bool(problem and problem.key in ("down", "loading"))),
+            self.ui.chat: chat_messages(session, language, 0, feedback),
+            self.ui.other_chat: gr.update(value=other, visible=two),
         }
 
-    def take_back(self, talk: Talk, language: str) -> dict:
-        """The last question goes back into the field."""
-        talk.take()
-        text = talk.forget_question()
-        shown = self.shown(talk, language)
-        return {**shown, self.question: gr.update(**_properties(shown[self.question]), value=text or "")}
+    def _edit_field(self, session: ChatSession) -> Updates:
+        node = session.conversation.nodes.get(session.edited or 0)
+        text = self.actions.editable_text(node) if node else ""
+        return {self.ui.edit_group: gr.update(visible=node is not None), self.ui.edit_text: text}
 
-    def start_anew(self, talk: Talk, language: str) -> dict:
-        """An empty talk."""
-        talk.clear()
-        return self.shown(talk, language)
-
-    def rows(self, talk: Talk, language: str) -> dict:
-        """The rows for training, and what to say if there are none."""
-        rows = talk.training_rows()
+    def _banner(self, session: ChatSession, language: str) -> Updates:
+        """The banner, and the timer that retries until a server is available again."""
+        error = session.error
+        text = html.escape(error_text(error, language)) if error else ""
         return {
-            self.exported: rows,
-            self.status: status(talk, language) if rows else say(language, "nothing_to_export"),
+            self.ui.banner: gr.update(value=f'<div role="alert">{text}</div>', visible=bool(text)),
+            self.retry: gr.Timer(active=bool(error and error.key in ("unreachable", "loading"))),
         }
 
-    def speak(self, talk: Talk, language: str) -> dict:
+    def clear(self, session: ChatSession, language: str) -> Updates:
+        """Start a new conversation."""
+        session.open()
+        return self.draw(session, language)
+
+    def draw(self, session: ChatSession, language: str) -> Updates:
+        """Everything that shows the conversation."""
+        return {
+            **self._conversation(session, language),
+            **self._banner(session, language),
+            **self._edit_field(session),
+        }
+
+    def change_language(self, session: ChatSession, language: str) -> Updates:
         """All texts in another language."""
-        labels = {
-            widget: gr.update(**{name: say(language, key) for name, key in texts.items()})
-            for widget, texts in self.labels
-        }
-        return {**labels, **self.shown(talk, language)}
+        labels: Updates = {}
+        for component, texts in self.ui.labels:
+            properties: dict[str, Any] = {name: translate(language, key) for name, key in texts.items()}
+            labels[component] = gr.update(**properties)
+        labels[self.ui.chat] = gr.update(
+            placeholder=translate(language, "empty"),
+            examples=examples(language),
+            value=chat_messages(session, language, 0, bool(self.actions.feedback)),
+        )
+        labels[self.ui.theme] = gr.update(label=translate(language, "theme"), choices=theme_choices(language))
+        shown = {**self._conversation(session, language), **self._banner(session, language)}
+        return {**shown, **labels, self.ui.question: {**labels[self.ui.question], **shown[self.ui.question]}}
 
-    def models(self, language: str, chosen: str | None, key: str, max_tokens: int) -> dict:
-        """What the server offers; keeps the choice if it is still there."""
-        found = self.api.with_key(key).models()
-        if isinstance(found, Problem):
-            return self.banner_for(found, language)
-        names = [
-            (
-                say(language, "adapter_of", name=model.name, parent=model.parent) if model.parent else model.name,
-                model.name,
-            )
-            for model in found
-        ]
-        model = next((model for model in found if model.name == chosen), found[0] if found else None)
-        longest = sliders(model.window if model else None)["max_tokens"]
+    def load_models(
+        self, session: ChatSession, language: str, selected: str | None, key: str, max_tokens: int
+    ) -> Updates:
+        """The models of the server; keeps the selected one if it is still available."""
+        models = session.api_for(self.api, key).list_models()
+        if isinstance(models, ErrorMessage):
+            session.error = models
+            return self._banner(session, language)
+        if session.error and session.error.key in ("unreachable", "loading", "needs_key", "wrong_key", "busy"):
+            session.error = None
+        model = next((model for model in models if model.name == selected), models[0] if models else None)
+        limit = slider_ranges(model.context_length if model else None)["max_tokens"].maximum
+        choices = [(_model_label(model, language), model.name) for model in models]
+        others = [(translate(language, "no_comparison"), ""), *choices]
         return {
-            self.model: gr.update(choices=names, value=model.name if model else None),
-            self.sliders[0]: gr.update(maximum=longest.highest, value=min(max_tokens, longest.highest)),
-            **self.banner_for(None, language),
+            self.ui.model: gr.update(choices=choices, value=model.name if model else None),
+            self.ui.compare_model: gr.update(choices=others),
+            self.ui.sliders[0]: gr.update(maximum=limit, value=min(max_tokens, limit)),
+            **self._banner(session, language),
         }
 
 
-def _language(request: gr.Request) -> str:
-    return language_of(request.headers.get("accept-language"))
+def _progress(running: RunningAnswer) -> tuple[int, int]:
+    """Changes whenever the page has something to draw: a piece of text, or another second of waiting."""
+    answer = running.task.answer
+    is_waiting = not answer.num_deltas and not answer.tool_calls
+    seconds = int(time.monotonic() - running.task.started) if is_waiting else 0
+    return answer.num_deltas + len(answer.tool_calls), seconds
 
 
-def _tags(language: str) -> list[str]:
-    return ["zh", "zh-CN", "zh-TW", "zh-HK"] if language == "zh" else [language]
-
-
-def _texts(language: str) -> dict[str, str]:
-    return {key: text for key in TEXTS if "{" not in (text := TEXTS[key][list(LANGUAGES).index(language)])}
-
-
-def _slider(slider: Slider) -> dict[str, float]:
-    return {"minimum": slider.lowest, "maximum": slider.highest, "step": slider.step, "value": slider.default}
-
-
-def _properties(update: dict) -> dict:
-    return {name: value for name, value in update.items() if name != "__type__"}
+def _model_label(model: ModelInfo, language: str) -> str:
+    if not model.parent:
+        return model.name
+    return translate(language, "adapter_of", name=model.name, parent=model.parent)

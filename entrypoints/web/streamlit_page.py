@@ -1,169 +1,176 @@
 """The chat page in Streamlit, for `glm web --ui streamlit` and for `streamlit run` on this file.
 
-Streamlit runs this script anew at each click. An answer grows in a thread of its own, so whatever a visitor clicks
-meanwhile, the next run goes on showing it. Each visitor has a Talk in their own session.
+Streamlit runs this script again after each click. An answer is streamed in its own thread, so the next run of the
+script continues to show it. Each visitor's ChatSession is in their session state.
 """
 
 import os
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import streamlit as st
 from streamlit.runtime import get_instance
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from entrypoints.settings import Settings
-from entrypoints.web.client import Answering, Api, Model, Problem
-from entrypoints.web.display import bubbles, for_streamlit, status
-from entrypoints.web.streamlit_frame import set_up
-from entrypoints.web.talk import Options, Talk, sliders
-from entrypoints.web.texts import say
+from entrypoints.web.client import ApiClient
+from entrypoints.web.documents import read_document
+from entrypoints.web.feedback import FeedbackFile
+from entrypoints.web.i18n import translate
+from entrypoints.web.message_actions import MessageActions
+from entrypoints.web.request_errors import ErrorMessage
+from entrypoints.web.session import ChatOptions, ChatSession, RunningAnswer
+from entrypoints.web.streamlit_browser import connect_browser, count_click, restore
+from entrypoints.web.streamlit_layout import render_header
+from entrypoints.web.streamlit_messages import MessageWidgets
+from entrypoints.web.streamlit_sidebar import draw_sidebar, load_models
+from entrypoints.web.transcript import error_text, input_hint, status_line, waiting_text
+from entrypoints.web.user_sign_in import signed_in_user
 
-TICK_SECONDS = 0.08
-RETRY_SECONDS = 4
-DEFAULT_API = "http://127.0.0.1:8000/v1"
+UPDATE_INTERVAL_SECONDS = 0.08
+RETRY_INTERVAL_SECONDS = 4
+DEFAULT_API_URL = "http://127.0.0.1:8000/v1"
+EXAMPLES = ("example_1", "example_2", "example_3", "example_4")
+DOCUMENT_TYPES = ("txt", "md", "csv", "json", "jsonl", "log", "py")
 
 
 def main() -> None:
-    """One run: settings, the talk so far, the field below it, and the growing answer."""
+    """One run of the script: settings, conversation, input area, answers in progress."""
     settings = Settings.from_env(os.environ)
-    api = Api(settings.api_url or DEFAULT_API, settings.api_key.value)
-    language = set_up("title", "centered")
+    api = ApiClient(settings.api_url or DEFAULT_API_URL, settings.api_key.value)
+    feedback = FeedbackFile(Path(settings.feedback_dir)) if settings.feedback_dir else None
     state = st.session_state
-    if "talk" not in state:
-        state.talk, state.problem, state.models = Talk(), None, []
-        _find_models(api)
-    _settings(api)
-    # Streamlit lets a run that a click ended go on beside the next one until its next call: either may take the answer
-    answering = state.talk.answering
-    chat = st.container()
-    _below(api)
-    with chat:
-        _conversation(state.talk, answering, language)
+    if "chat" not in state:
+        state.chat, state.models, state.copied = ChatSession(), [], None
+        user = signed_in_user(st.context.headers, settings.page_users_file)
+        state.chat.user_key = user.api_key if user else ""
+        load_models(api)
+    restore(state.chat)
+    language = render_header("title", "centered")
+    actions = MessageActions(api, feedback)
+    draw_sidebar(api, language)
+    # A run that a click ended continues beside the next one until its next Streamlit call: either may finish an answer
+    running = dict(state.chat.running)
+    messages = st.container()
+    _input_area(api, language, bool(feedback))
+    with messages:
+        _conversation(MessageWidgets(state.chat, actions, language, current_options), api)
+    connect_browser(state.chat, language)
+    if running:
+        _finish(state.chat, api, running)
 
 
-def _settings(api: Api) -> None:
-    """The side bar; the key of each widget is the name of its field in Options."""
-    state, language = st.session_state, st.session_state.language
-    models: dict[str, Model] = {model.name: model for model in state.models}
-
-    def label(name: str) -> str:
-        parent = models[name].parent
-        return say(language, "adapter_of", name=name, parent=parent) if parent else name
-
-    with st.sidebar:
-        model = st.selectbox(say(language, "model"), list(models), format_func=label, key="model")
-        st.button(say(language, "refresh"), key="refresh", on_click=_find_models, args=(api,), width="stretch")
-        st.text_area(say(language, "system"), key="system", placeholder=say(language, "system_hint"), height=80)
-        for name, slider in sliders(models[model].window if model else None).items():
-            kind = int if isinstance(slider.step, int) else float
-            bounds = (slider.lowest, slider.highest, slider.default, slider.step)
-            st.slider(say(language, name), *map(kind, bounds), key=name)
-        if st.toggle(say(language, "tool_mode"), key="tool_mode"):
-            st.text_area(say(language, "tools"), Options.tools, key="tools", height=260)
-        st.text_input(say(language, "key"), key="key", type="password", on_change=_find_models, args=(api,))
+def current_options() -> ChatOptions:
+    """The current settings; a click may have ended its run before the widgets were drawn."""
+    return ChatOptions(**{field.name: st.session_state.get(field.name, field.default) for field in fields(ChatOptions)})
 
 
-def _options() -> Options:
-    """The settings as they are now; a click's own run may have been cut short before it drew them."""
-    return Options(**{field.name: st.session_state.get(field.name, field.default) for field in fields(Options)})
+def _conversation(widgets: MessageWidgets, api: ApiClient) -> None:
+    """All messages, on one side or two; while answers are in progress, this lasts until their end."""
+    session = widgets.session
+    if not session.conversation.nodes:
+        st.markdown(translate(widgets.language, "empty"), text_alignment="center")
+        with st.container(horizontal=True, horizontal_alignment="center", key="examples"):
+            for key in EXAMPLES:
+                question = translate(widgets.language, key)
+                st.button(question, key=key, on_click=_ask, args=(api, question))
+        return
+    sides = len(session.conversation.leaves)
+    columns = st.columns(sides) if sides > 1 else [st.container()]
+    boxes = []
+    for side, column in enumerate(columns):
+        with column:
+            boxes.append(widgets.draw_side(side))
+    if session.running:
+        _stream_answers(widgets, boxes)
 
 
-def _find_models(api: Api) -> None:
-    state = st.session_state
-    found = api.with_key(state.get("key", "")).models()
-    if isinstance(found, Problem):
-        state.problem = found
-    else:
-        state.models, state.problem = found, None
-
-
-def _conversation(talk: Talk, answering: Answering | None, language: str) -> None:
-    """All that was said; while an answer grows, this lasts until its end and then starts a new run."""
-    shown = list(bubbles(talk, language, for_streamlit))
-    growing = shown.pop() if answering and talk.answering is answering and not answering.growth.calls else None
-    if not shown and not growing:
-        st.markdown(say(language, "empty"), text_alignment="center")
-    for bubble in shown:
-        with st.chat_message(bubble.role):
-            st.markdown("\n\n".join(part for part in (bubble.title, bubble.markdown) if part), anchors=False)
-            if bubble.role == "assistant":
-                with st.popover(say(language, "copy"), type="tertiary", width="content"):
-                    st.code(bubble.raw, language=None, wrap_lines=True)
-    if answering:
-        with st.chat_message("assistant"):
-            _grow(answering, language)
-        if taken := talk.take():
-            st.session_state.problem = taken.problem
-        st.rerun()
-
-
-def _grow(answering: Answering, language: str) -> None:
-    box, session = st.empty(), get_script_run_ctx().session_id
+def _stream_answers(widgets: MessageWidgets, boxes: list[Any]) -> None:
+    """Draw the answers until their end; they are stopped if the visitor has left."""
+    session, context = widgets.session, get_script_run_ctx()
+    tasks = [running.task for running in session.running.values()]
     try:
-        while not answering.done.wait(TICK_SECONDS):
-            # this call is also where a click, such as stop, ends this run
-            box.markdown(for_streamlit(answering.growth.text) or say(language, "waiting"), anchors=False)
+        while not all(task.done.wait(UPDATE_INTERVAL_SECONDS) for task in tasks):
+            # a click, such as on Stop, ends this run inside this call
+            for side, box in enumerate(boxes):
+                widgets.update(side, box)
     finally:
-        if not get_instance().is_active_session(session):
-            answering.stop()  # the visitor has gone
+        if context is None or not get_instance().is_active_session(context.session_id):
+            session.stop_answers()
 
 
-def _below(api: Api) -> None:
-    """Banner, status, buttons and field, at the lower edge."""
-    state, talk, language = st.session_state, st.session_state.talk, st.session_state.language
+def _finish(session: ChatSession, api: ApiClient, running: dict[int, RunningAnswer]) -> None:
+    """Append the answers, run demo tools that they call, and start a new run of the script."""
+    if session.running == running:
+        session.finish_answers()
+        if not session.error:
+            session.run_demo_tools(api, current_options())
+    st.rerun()
+
+
+def _input_area(api: ApiClient, language: str, has_feedback: bool) -> None:
+    """Banner, status line, buttons and input field, at the bottom of the page."""
+    session: ChatSession = st.session_state.chat
     with st.bottom:
-        if state.problem:
-            st.warning(say(language, state.problem.key, **state.problem.values).replace("$", r"\$"))
-            if state.problem.key in ("down", "loading"):
-                st.fragment(_look_again, run_every=RETRY_SECONDS)(api)
-        if line := say(language, "waiting") if talk.answering else status(talk, language):
-            st.caption(line)
+        if session.error:
+            st.warning(error_text(session.error, language).replace("$", r"\$"))
+            if session.error.key in ("unreachable", "loading"):
+                st.fragment(_retry_connection, run_every=RETRY_INTERVAL_SECONDS)(api)
+        first = session.running.get(0)
+        if line := waiting_text(first, language) if first else status_line(session, language):
+            st.container(key="status").caption(line)
+        if has_feedback:
+            st.caption(translate(language, "feedback_notice"))
         with st.container(horizontal=True, gap="small"):
-            _buttons(api, talk, language)
-    waiting = talk.waiting_calls()
-    hint = say(language, "observation", name=waiting[0]["function"]["name"]) if waiting else say(language, "question")
-    # not in the container above: only at the top level does the page follow a growing answer
-    st.chat_input(hint, key="question", disabled=bool(talk.answering), on_submit=_ask, args=(api,))
-
-
-def _buttons(api: Api, talk: Talk, language: str) -> None:
-    busy, rows = bool(talk.answering), talk.training_rows()
-    if busy:
-        st.button(say(language, "stop"), key="stop", on_click=talk.stop, type="primary")
-    else:
-        st.button(say(language, "regenerate"), key="regenerate", on_click=_again, args=(api,))
-    st.button(say(language, "edit"), key="edit", on_click=_take_back, disabled=busy)
-    st.button(say(language, "clear"), key="clear", on_click=talk.clear, disabled=busy)
-    st.download_button(
-        say(language, "export"), rows, "conversation.jsonl", "application/jsonl", key="export",
-        disabled=busy or not rows, on_click="ignore", help=None if rows else say(language, "nothing_to_export"),
+            if session.running:
+                st.button(translate(language, "stop"), key="stop", on_click=_stop, type="primary")
+            st.button(translate(language, "clear"), key="clear", on_click=session.open)
+    # not in the container above: only at the top level does the page scroll along with an answer
+    st.chat_input(
+        input_hint(session, language), key="question", on_submit=_submit, args=(api,),
+        accept_file=True, file_type=DOCUMENT_TYPES, max_upload_size=4,
     )  # fmt: skip
 
 
-def _look_again(api: Api) -> None:
-    _find_models(api)
-    if not st.session_state.problem:
+def _stop() -> None:
+    st.session_state.chat.stop_answers()
+    count_click()
+
+
+def _retry_connection(api: ApiClient) -> None:
+    load_models(api)
+    if not st.session_state.chat.error:
         st.rerun()
 
 
-def _ask(api: Api) -> None:
-    state = st.session_state
-    if state.question and state.question.strip():
-        state.talk.take()
-        state.talk.say(state.question)
-        state.problem = state.talk.start(api, _options())
+def _submit(api: ApiClient) -> None:
+    value, session, options = st.session_state.question, st.session_state.chat, current_options()
+    text = value.text
+    if session.running:
+        st.session_state.question = text  # the draft stays in the field
+        return
+    for file in value.files:
+        content = _decoded(file.getvalue())
+        found = read_document(file.name, content, session.api_for(api, options.key), options.model or "")
+        if isinstance(found, ErrorMessage):
+            session.error = found
+            st.session_state.question = text
+            return
+        session.document = found
+    if text.strip() and not session.ask(api, options, text):
+        st.session_state.question = text
 
 
-def _again(api: Api) -> None:
-    talk = st.session_state.talk
-    talk.take()
-    if talk.forget_answer():
-        st.session_state.problem = talk.start(api, _options())
+def _decoded(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
 
 
-def _take_back() -> None:
-    st.session_state.talk.take()
-    st.session_state.question = st.session_state.talk.forget_question() or ""
+def _ask(api: ApiClient, question: str) -> None:
+    st.session_state.chat.ask(api, current_options(), question)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Real servers: `glm serve` in a process of its own, asked through OpenAI's client and through plain HTTP."""
+"""Real servers: `glm serve` in its own process, queried through OpenAI's client and through plain HTTP."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -9,23 +9,25 @@ import openai
 import pytest
 from serving_process import GLM, SCRIPTED, Server, serving
 
-from entrypoints.engines.loading import PACKAGES
+from entrypoints.engines.loading import ENGINE_PACKAGES
 
-# The model each engine is given, and the flags that make its numbers the same on every path. An engine joins here.
+# Model of each engine, and the flags that make its results deterministic. A new engine is added here.
 ENGINES = {
     "transformers": ("toy_native", ["--dtype", "float32"]),
     "llamacpp": ("toy_gguf", []),
     "vllm": ("toy_native", ["--dtype", "float32"]),
 }
-ELSEWHERE = ("vllm",)  # engines with an environment of their own: `make test-vllm`
-PRESENT = [name for name in ENGINES if name not in ELSEWHERE or importlib.util.find_spec(PACKAGES[name])]
+SEPARATE_ENVIRONMENT = ("vllm",)  # engines with their own environment: `make test-vllm`
+INSTALLED = [
+    name for name in ENGINES if name not in SEPARATE_ENVIRONMENT or importlib.util.find_spec(ENGINE_PACKAGES[name])
+]
 
 
-@pytest.fixture(scope="session", params=PRESENT)
+@pytest.fixture(scope="session", params=INSTALLED)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A toy behind every engine in turn, with four slots."""
-    if importlib.util.find_spec(PACKAGES[request.param]) is None:
-        pytest.skip(f"the package {PACKAGES[request.param]} is not installed")
+    """A server with a tiny model and four slots, on each engine in turn."""
+    if importlib.util.find_spec(ENGINE_PACKAGES[request.param]) is None:
+        pytest.skip(f"the package {ENGINE_PACKAGES[request.param]} is not installed")
     fixture, flags = ENGINES[request.param]
     argv = [*GLM, "serve", "--model", request.getfixturevalue(fixture), "--served-model-name", "toy"]
     log = tmp_path_factory.mktemp("server") / "log"
@@ -42,7 +44,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def scripted(toy_native: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Start servers whose engine says what it is told to; flags, and `env`."""
+    """Start servers with the scripted engine; takes flags and `env`."""
     with ExitStack() as running:
 
         def start(*flags: str | Path, env: dict[str, str] | None = None) -> Server:
@@ -54,7 +56,7 @@ def scripted(toy_native: Path, tmp_path: Path) -> Iterator[Callable[..., Server]
 
 @pytest.fixture(scope="session")
 def glm_serve(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """A context manager: `glm serve` with these flags."""
+    """A context manager that runs `glm serve` with these flags."""
 
     @contextmanager
     def start(*flags: str | Path) -> Iterator[Server]:

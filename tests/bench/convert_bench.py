@@ -1,11 +1,11 @@
-"""What `glm convert` costs on a checkpoint of ChatGLM3-6B's full shape: peak memory, seconds, ratio to a plain copy.
+"""Cost of `glm convert` on a checkpoint of ChatGLM3-6B's full size: peak memory, seconds, ratio to a plain copy.
 
 A random fp16 checkpoint in the original layout (28 layers, 7 pytorch_model-*.bin, 12.5 GB) is written to a temporary
 folder. Its files are copied one by one with shutil.copyfile (no fsync) and timed; the copy is deleted. Then
-`glm convert` runs in a process of its own, timed from start to exit, the reading of its result for the manifest's
-hashes included; its peak is the kernel's own figure (ru_maxrss: resident memory, mapped pages of files too).
-Before both the source is dropped from the page cache, so both read the disk. Everything is deleted at the end, also
-after an error. Ends with 1 when the peak is above 3 GiB.
+`glm convert` runs in its own process, timed from start to exit, including the reading of its result for the hashes of
+the manifest; its peak is measured by the kernel (ru_maxrss: resident memory, including mapped pages of files).
+Before both, the source is dropped from the page cache, so both read the disk. Everything is deleted at the end, also
+after an error. Exits with 1 if the peak is above 3 GiB.
 
     python tests/bench/convert_bench.py                needs 25 GB of disk, minutes
     python tests/bench/convert_bench.py --layers 2     needs 4 GB
@@ -35,11 +35,13 @@ LIMIT = 3 << 30  # bytes of resident memory
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write, copy, convert, report; 1 when the conversion fails or takes more than LIMIT."""
+    """Write, copy, convert, report; returns 1 if the conversion fails or takes more than LIMIT."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28, help="layers of the model (default: 28, as the 6B)")
+    parser.add_argument("--layers", type=int, default=28, help="layers of the model (default: 28, as in the 6B)")
     parser.add_argument("--work-dir", type=Path, help="folder on the disk to measure (default: the temporary one)")
-    parser.add_argument("--vocabulary", type=Path, help="tokenizer.model (default: the golden one, else the toy's)")
+    parser.add_argument(
+        "--vocabulary", type=Path, help="tokenizer.model (default: the golden one, otherwise that of the demo model)"
+    )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the folder is removed
     with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="convert-bench-") as folder:
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _bench(folder: Path, layers: int, vocabulary: Path | None) -> int:
     source = folder / "original"
-    # spawned, so that this process stays small: a child's peak counts its parent's size at the start
+    # spawned, so that this process stays small: the peak of a child includes the size of its parent at the start
     writer = multiprocessing.get_context("spawn").Process(target=_write_checkpoint, args=(source, layers, vocabulary))
     writer.start()
     writer.join()
@@ -57,10 +59,10 @@ def _bench(folder: Path, layers: int, vocabulary: Path | None) -> int:
     size = sum(file.stat().st_size for file in source.iterdir())
     weights = len(list(source.glob("*.bin")))
     print(f"{layers} layers, {size / 1e9:.2f} GB in {weights} files, on {folder}; cold: the source left the page cache")
-    _forget(source)
+    _drop_from_page_cache(source)
     copying = _copy(source, folder / "copy")
     shutil.rmtree(folder / "copy")
-    _forget(source)
+    _drop_from_page_cache(source)
     code, converting, peak = _convert(source, folder / "native")
     print(f"{'':10} {'seconds':>8} {'GB/s':>6} {'ratio':>6} {'peak GiB':>9}")
     print(f"{'copy':10} {copying:8.1f} {size / 1e9 / copying:6.2f} {1:6.2f}")
@@ -92,8 +94,8 @@ def _convert(source: Path, target: Path) -> tuple[int, float, int]:
     return process.returncode, time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
-def _forget(folder: Path) -> None:
-    """Drop the files of a folder from the page cache, written out first."""
+def _drop_from_page_cache(folder: Path) -> None:
+    """Write the files of a folder to disk and drop them from the page cache."""
     for file in folder.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -105,15 +107,17 @@ def _write_checkpoint(folder: Path, layers: int, vocabulary: Path | None) -> Non
     sys.path.insert(0, str(REPOSITORY))
     import torch
 
-    from entrypoints.checkpoint.files import require_space
-    from entrypoints.checkpoint.layout import Shape, tensors
+    from entrypoints.checkpoint.atomic_files import require_disk_space
+    from entrypoints.checkpoint.layout import ModelConfig, tensor_mappings
+    from entrypoints.checkpoint.original_config import original_config
     from entrypoints.errors import UserError
+    from entrypoints.families import CHATGLM3
 
-    shape = Shape(layers, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
-    entries = tensors(shape)
+    model_config = ModelConfig(layers, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
+    entries = tensor_mappings(model_config)
     total = 2 * sum(torch.Size(entry.shape).numel() for entry in entries)
     try:
-        require_space(folder, int(2.05 * total))  # the source, and beside it the copy or the result
+        require_disk_space(folder, int(2.05 * total))  # the source, and beside it the copy or the result
     except UserError as error:
         sys.exit(f"convert_bench: {error}")
     folder.mkdir()
@@ -130,12 +134,12 @@ def _write_checkpoint(folder: Path, layers: int, vocabulary: Path | None) -> Non
             part = {}
     index = {"metadata": {"total_size": written}, "weight_map": weight_map}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(shape.original_config("float16")))
+    (folder / "config.json").write_text(json.dumps(original_config(model_config, "float16", CHATGLM3)))
     _write_vocabulary(folder, vocabulary or GOLDEN / "original-tiny" / "tokenizer.model")
 
 
 def _filled(shape: tuple[int, ...], block: "torch.Tensor") -> "torch.Tensor":
-    """A tensor of the block's numbers, over and over: random enough, and made at the speed of a copy."""
+    """A tensor that repeats the block: random enough, and created at the speed of a copy."""
     flat = block.new_empty(math.prod(shape))
     for start in range(0, flat.numel(), block.numel()):
         flat[start : start + block.numel()] = block[: flat.numel() - start]
@@ -143,15 +147,15 @@ def _filled(shape: tuple[int, ...], block: "torch.Tensor") -> "torch.Tensor":
 
 
 def _write_vocabulary(folder: Path, vocabulary: Path) -> None:
-    from entrypoints.demo.model import write_toy
+    from entrypoints.demo.model import write_demo_model
 
     if vocabulary.is_file():
         shutil.copyfile(vocabulary, folder / "tokenizer.model")
         return
     sample = REPOSITORY / "entrypoints" / "demo" / "ad_copy.jsonl"
-    with tempfile.TemporaryDirectory() as toy:
-        write_toy(Path(toy), sample.read_text(encoding="utf-8").splitlines())
-        shutil.copyfile(Path(toy, "tokenizer.model"), folder / "tokenizer.model")
+    with tempfile.TemporaryDirectory() as demo:
+        write_demo_model(Path(demo), sample.read_text(encoding="utf-8").splitlines())
+        shutil.copyfile(Path(demo, "tokenizer.model"), folder / "tokenizer.model")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What each method learns: scores on held-out rows of the sample, before and after, by the commands a user would type.
+"""Scores of each fine-tuning method on held-out rows of the sample, before and after, using the real commands.
 
-The base knows the language and not the task: a toy that learnt to go on with the sentences of one half of the bundled
-ad copy, and the small talk. Each method starts from it, learns to write an ad from its attributes on the other half,
-and answers rows of neither half. Several splits, none of whose held-out rows another one holds out; told are means, and
-the ROUGE-L of each split. The loss is that of a held-out label, after the first pass and after the last.
+The base model knows the language and not the task: a demo model trained to continue the texts of one half of the
+bundled ads, and the small talk. Each method starts from it, learns to write an ad from its attributes on the other
+half, and answers rows of neither half. There are several splits with disjoint held-out rows; means are reported, and
+the ROUGE-L of each split. The loss is that per held-out label, after the first epoch and after the last.
 
     python tests/bench/learn_bench.py        half an hour on one core
     python tests/bench/learn_bench.py --splits 0 --rates ptuning=1e-2 ptuning=2e-2
@@ -21,26 +21,40 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from entrypoints.demo.model import write_toy  # noqa: E402
+from entrypoints.demo.model import write_demo_model  # noqa: E402
 from entrypoints.training.arguments import LEARNING_RATES  # noqa: E402
 
 SAMPLE = REPOSITORY / "entrypoints" / "demo"
-HELD_OUT = 40  # rows of each split
+HELD_OUT_ROWS = 40  # per split
 SCORES = ("bleu_4", "rouge_1", "rouge_2", "rouge_l")
-LIMITS = ("--max-source-length", 256, "--max-target-length", 64, "--per-device-train-batch-size", 16)
-COURSE = ("--lr-scheduler-type", "cosine", "--warmup-steps", 10, "--save-steps", 100000, "--device", "cpu")
-TESTED = ("--per-device-eval-batch-size", HELD_OUT)
-WORDS = {"ptuning": ("--pre-seq-len", 32), "lora": ("--lora-target", "all-linear"), "freeze": ("--freeze-layers", 2)}
+LIMIT_FLAGS = ("--max-source-length", 256, "--max-target-length", 64, "--per-device-train-batch-size", 16)
+SCHEDULE_FLAGS = ("--lr-scheduler-type", "cosine", "--warmup-steps", 10, "--save-steps", 100000, "--device", "cpu")
+EVAL_FLAGS = ("--per-device-eval-batch-size", HELD_OUT_ROWS)
+METHOD_FLAGS = {
+    "ptuning": ("--pre-seq-len", 32),
+    "lora": ("--lora-target", "all-linear"),
+    "freeze": ("--freeze-layers", 2),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """For each split make the base and tune it by each method; print the table."""
+    """For each split train the base model and fine-tune it with each method; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2], help="which (of 0 to 8; default: 0 1 2)")
-    parser.add_argument("--base-epochs", type=int, default=6, help="passes of the base over its half (default: 6)")
-    parser.add_argument("--epochs", type=int, default=40, help="passes of each method over its half (default: 40)")
+    parser.add_argument(
+        "--splits", type=int, nargs="+", default=[0, 1, 2], help="splits to run, each 0 to 8 (default: 0 1 2)"
+    )
+    parser.add_argument(
+        "--base-epochs", type=int, default=6, help="epochs of the base model over its half (default: 6)"
+    )
+    parser.add_argument("--epochs", type=int, default=40, help="epochs of each method over its half (default: 40)")
     every = [f"{method}={rate:g}" for method, rate in LEARNING_RATES.items() if method != "qlora"]
-    parser.add_argument("--rates", nargs="+", default=every, metavar="METHOD=RATE", help="runs (default: the defaults)")
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        default=every,
+        metavar="METHOD=RATE",
+        help="methods and learning rates (default: all with their defaults)",
+    )
     args = parser.parse_args(argv)
     found = {run: [] for run in ("base", *args.rates)}
     for split in args.splits:
@@ -56,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(found: dict[str, list[dict]]) -> None:
-    print(f"{'':16} {'bleu_4':>7} {'rouge_1':>8} {'rouge_2':>8} {'rouge_l':>8}  {'loss':14} rouge_l of the splits")
+    print(f"{'':16} {'bleu_4':>7} {'rouge_1':>8} {'rouge_2':>8} {'rouge_l':>8}  {'loss':14} rouge_l per split")
     for run, splits in found.items():
         means = (statistics.mean(scores[name] for scores in splits) for name in SCORES)
         numbers = " ".join(f"{mean:>{width}.1f}" for mean, width in zip(means, (7, 8, 8, 8), strict=True))
@@ -66,27 +80,29 @@ def _report(found: dict[str, list[dict]]) -> None:
 
 
 def _base(folder: Path, split: int, epochs: int) -> dict:
-    """Lay out the split, train the base, score it."""
+    """Write the files of the split, train the base model, score it."""
     ads = (SAMPLE / "ad_copy.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     talk = (SAMPLE / "chat.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     texts = [row[column] for row in map(json.loads, ads + talk) for column in ("content", "summary")]
-    held_out = ads[split :: len(ads) // HELD_OUT][:HELD_OUT]
+    held_out = ads[split :: len(ads) // HELD_OUT_ROWS][:HELD_OUT_ROWS]
     rest = [row for row in ads if row not in held_out]
-    sentences = [json.dumps(row, ensure_ascii=False) + "\n" for ad in rest[::2] for row in _continued(json.loads(ad))]
+    sentences = [
+        json.dumps(row, ensure_ascii=False) + "\n" for ad in rest[::2] for row in _continuation_rows(json.loads(ad))
+    ]
     for name, rows in (("dev", held_out), ("first", sentences + talk), ("second", rest[1::2])):
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
-    write_toy(folder / "original", texts, seed=split)
+    write_demo_model(folder / "original", texts, seed=split)
     _glm("convert", folder / "original", folder / "native")
     _glm("train", "--model-name-or-path", folder / "native", "--train-file", folder / "first.jsonl",
-         "--output-dir", folder / "base", "--learning-rate", 2e-3, "--num-train-epochs", epochs, *LIMITS,
-         *COURSE)  # fmt: skip
+         "--output-dir", folder / "base", "--learning-rate", 2e-3, "--num-train-epochs", epochs, *LIMIT_FLAGS,
+         *SCHEDULE_FLAGS)  # fmt: skip
     _glm("evaluate", "--model", folder / "base", "--test-file", folder / "dev.jsonl", "--output-dir",
-         folder / "base-scores", "--max-target-length", 64, "--device", "cpu", *TESTED)  # fmt: skip
+         folder / "base-scores", "--max-target-length", 64, "--device", "cpu", *EVAL_FLAGS)  # fmt: skip
     return _scores(folder / "base-scores", [])
 
 
-def _continued(ad: dict) -> Iterator[dict]:
-    """An ad's text cut behind each of its clauses: what stands in front is the question, the rest its answer."""
+def _continuation_rows(ad: dict) -> Iterator[dict]:
+    """An ad's text split after each of its clauses: the first part is the question, the rest the answer."""
     text = ad["summary"]
     for end, sign in enumerate(text[:-1], start=1):
         if sign in "，。":
@@ -96,9 +112,9 @@ def _continued(ad: dict) -> Iterator[dict]:
 def _tuned(folder: Path, method: str, rate: str, epochs: int) -> dict:
     output = folder / f"{method}-{rate}"
     _glm("train", "--model-name-or-path", folder / "base", "--train-file", folder / "second.jsonl",
-         "--output-dir", output, "--method", method, *WORDS.get(method, ()), "--learning-rate", rate,
+         "--output-dir", output, "--method", method, *METHOD_FLAGS.get(method, ()), "--learning-rate", rate,
          "--num-train-epochs", epochs, "--test-file", folder / "dev.jsonl", "--predict-with-generate",
-         "--validation-file", folder / "dev.jsonl", *LIMITS, *COURSE, *TESTED)  # fmt: skip
+         "--validation-file", folder / "dev.jsonl", *LIMIT_FLAGS, *SCHEDULE_FLAGS, *EVAL_FLAGS)  # fmt: skip
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return _scores(output, [losses[0], losses[-1]])
@@ -109,9 +125,9 @@ def _scores(folder: Path, losses: list[float]) -> dict:
     return {name: scores[name] for name in SCORES} | {"losses": losses}
 
 
-def _glm(*words: object) -> None:
+def _glm(*arguments: object) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "entrypoints", *map(str, words)], capture_output=True, text=True, cwd=REPOSITORY
+        [sys.executable, "-m", "entrypoints", *map(str, arguments)], capture_output=True, text=True, cwd=REPOSITORY
     )
     if done.returncode:
         raise SystemExit(done.stderr)

@@ -1,19 +1,19 @@
-"""What the 6B costs without a GPU: quantising, memory, start, and tokens per second against llama.cpp and transformers.
+"""The cost of the 6B model without a GPU: quantization, memory, start, and tokens per second of each engine.
 
-A random checkpoint of ChatGLM3-6B's full shape (28 layers, 12.5 GB of float16) is written to a temporary folder,
-quantised with `glm quantize` in a process of its own, and served. Everything is deleted at the end.
+A random checkpoint of ChatGLM3-6B's full size (28 layers, 12.5 GB of float16) is written to a temporary folder,
+quantized with `glm quantize` in a process of its own, and served. Everything is deleted at the end.
 
-    quantize     seconds from start to exit, the check against the source included; memory of its own (RssAnon) at
-                 most: pages of mapped files beside it belong to the system's cache, and it takes them back
-    start        seconds from process start to ready, the file in the page cache and not, beside a plain read of it
-    decode       tokens per second of llama.cpp called directly and of `glm serve` over HTTP, in turn; the bytes of
-                 weights that these read, as a share of this machine's measured read bandwidth
-    drafts       tokens per second without and with `--speculative ngram` where every draft is right, and so how many of
-                 its tokens must be right for it to gain
-    transformers 8 and 4 layers of the same shape in float32 and bfloat16, from which 28 are extrapolated; each also
-                 with a cache of fixed size, and with that and torch.compile (which needs g++)
+    quantize     seconds from start to exit, validation included; peak of anonymous memory (RssAnon): the system can
+                 evict the pages of mapped files, so they do not count
+    start        seconds from process start to ready, with the file in the page cache and without; a plain read of it
+    decode       tokens per second of llama.cpp called directly and of `glm serve` over HTTP, alternately; the weight
+                 bytes that they read, as a share of this machine's measured memory bandwidth
+    drafts       tokens per second without and with `--speculative ngram` if every draft is accepted, and the number of
+                 accepted tokens per draft from which it is faster
+    transformers 8 and 4 layers of the same size in float32 and bfloat16, from which 28 are extrapolated; each also
+                 with a static cache, and with that and torch.compile (which needs g++)
 
-The published build of llama.cpp uses AVX2 and nothing newer; `make llamacpp` compiles it for this processor.
+The published build of llama.cpp uses AVX2 and nothing newer; `make llamacpp` compiles it for this CPU.
 
     python tests/bench/lowcost_bench.py                 needs 17 GB of disk, 12 GB of memory, 20 minutes
     python tests/bench/lowcost_bench.py --layers 4 --type q4_k_m
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import serve_bench
 from serving_process import GLM, serving
 
-from entrypoints.engines.llamacpp_build import unused
+from entrypoints.engines.llamacpp.cpu_features import unused_cpu_features
 
 SHARD_LAYERS = 4
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).resolve().parents[3] / "shared" / "golden"))
@@ -48,20 +48,20 @@ POLL_SECONDS = 0.05
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write, quantise, serve, compare, print."""
+    """Write, quantize, serve, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28, help="28 as the 6B")
-    parser.add_argument("--type", default="q4_0", help="as glm quantize")
+    parser.add_argument("--layers", type=int, default=28, help="28: as the 6B")
+    parser.add_argument("--type", default="q4_0", help="as in glm quantize")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=32, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=32, help="per answer")
     parser.add_argument("--skip-transformers", action="store_true", help="measure llama.cpp alone")
-    parser.add_argument("--work-dir", type=Path, help="folder on a disk with room (default: the temporary one)")
+    parser.add_argument("--work-dir", type=Path, help="folder on a disk with free space (default: the temporary one)")
     args = parser.parse_args(argv)
-    print(f"llama.cpp: leaves unused of this processor: {', '.join(unused()) or 'nothing'}")
+    print(f"llama.cpp: CPU features that its build does not use: {', '.join(unused_cpu_features()) or 'nothing'}")
     with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="lowcost-bench-") as name:
         folder = Path(name)
         start = time.monotonic()
-        _in_a_process(_write, folder / "native", args.layers)
+        _in_a_process(write_random_model, folder / "native", args.layers)
         print(f"{args.layers} layers written in {time.monotonic() - start:.0f} s", flush=True)
         file = folder / "model.gguf"
         _quantize(folder / "native", file, args.type)
@@ -70,35 +70,35 @@ def main(argv: list[str] | None = None) -> int:
         _decode(file, folder, args)
         _drafts(file)
     for dtype in () if args.skip_transformers else ("float32", "bfloat16"):
-        for way in ("as it is", "static cache", "torch.compile"):
+        for way in ("default", "static cache", "torch.compile"):
             _transformers(dtype, way, args.layers)
     return 0
 
 
-def _write(folder: Path, layers: int) -> None:
-    """A converted folder: random matrices, norms at one, biases at zero; the golden vocabulary, else the toy's."""
+def write_random_model(folder: Path, layers: int) -> None:
+    """A converted folder: random matrices, norms 1, biases 0; the golden vocabulary, else that of the demo model."""
     import json
 
     import torch
     from safetensors.torch import save_file
 
+    from entrypoints.chat_format.prompt import PromptFormat
     from entrypoints.checkpoint.conversion import convert_to_native
-    from entrypoints.checkpoint.layout import Shape, tensors
-    from entrypoints.checkpoint.native import copy_vocabulary, write_settings
+    from entrypoints.checkpoint.layout import ModelConfig, tensor_mappings
+    from entrypoints.checkpoint.native import copy_vocabulary, write_config_files
     from entrypoints.checkpoint.tokenizer import load_tokenizer
     from entrypoints.demo import model
-    from entrypoints.prompt import PromptFormat
 
     original = GOLDEN / "original-tiny"
     if not original.is_dir():
-        original = folder.parent / "toy"
+        original = folder.parent / "demo"
         words = Path(model.__file__).with_name("ad_copy.jsonl").read_text(encoding="utf-8").splitlines()
-        model.write_toy(original, words)
+        model.write_demo_model(original, words)
     convert_to_native(original, folder.parent / "tiny", PromptFormat())
     folder.mkdir()
     copy_vocabulary(folder.parent / "tiny", folder)
-    shape = Shape(layers, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
-    write_settings(folder, shape, "float16", load_tokenizer(folder), PromptFormat())
+    model_config = ModelConfig(layers, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
+    write_config_files(folder, model_config, "float16", load_tokenizer(folder), PromptFormat())
     noise = (torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)) * 0.02).half()
 
     def tensor(name: str, size: tuple[int, ...]) -> torch.Tensor:
@@ -107,7 +107,7 @@ def _write(folder: Path, layers: int) -> None:
         count, first = torch.Size(size).numel(), zlib.crc32(name.encode()) % 100_003
         return noise[first:].repeat(-(-count // (len(noise) - first)))[:count].reshape(size).contiguous()
 
-    sizes = [item for entry in tensors(shape) for item in entry.native_shapes().items()]
+    sizes = [item for entry in tensor_mappings(model_config) for item in entry.native_shapes().items()]
     step, weight_map = -(-len(sizes) // (layers // SHARD_LAYERS + 1)), {}
     for number in range(0, len(sizes), step):
         file = f"model-{number // step:05}.safetensors"
@@ -126,7 +126,9 @@ def _quantize(folder: Path, file: Path, type_: str) -> None:
         most = max(most, _own_memory(process.pid))
         time.sleep(POLL_SECONDS)
     assert process.returncode == 0
-    print(f"quantize  {time.monotonic() - start:.1f} s, own memory at most {most / (1 << 30):.2f} GiB", flush=True)
+    print(
+        f"quantize  {time.monotonic() - start:.1f} s, peak of anonymous memory {most / (1 << 30):.2f} GiB", flush=True
+    )
 
 
 def _own_memory(pid: int, field: str = "RssAnon") -> int:
@@ -138,7 +140,7 @@ def _own_memory(pid: int, field: str = "RssAnon") -> int:
 
 
 def _bandwidth() -> float:
-    """Bytes per second that all processors read together from far more memory than their caches hold."""
+    """Bytes per second that all CPUs together read from more memory than their caches hold."""
     import numpy as np
 
     parts = np.array_split(np.ones(1 << 29, np.float32), os.cpu_count())
@@ -176,7 +178,7 @@ def _forget(file: Path) -> None:
 def _start(file: Path, folder: Path) -> None:
     command = [*GLM, "serve", "--model", str(file), "--slots", "1", "--served-model-name", "bench"]
     start = time.monotonic()
-    with serving(command, folder / "start.log", one_core=False) as server:
+    with serving(command, folder / "start.log", one_cpu=False) as server:
         server.wait_ready(600)
         ready = time.monotonic() - start
         body = (
@@ -184,14 +186,14 @@ def _start(file: Path, folder: Path) -> None:
         )
         serve_bench._stream(server.port, body + b'"stream_options": {"include_usage": true}}')
         memory = [_own_memory(server.process.pid, field) / 1e9 for field in ("VmRSS", "RssAnon")]
-        told = f"resident {memory[0]:.2f} GB, own {memory[1]:.2f} GB"
-        print(f"serve     ready in {ready:.1f} s; {told}", flush=True)
+        sizes = f"resident {memory[0]:.2f} GB, anonymous {memory[1]:.2f} GB"
+        print(f"serve     ready in {ready:.1f} s; {sizes}", flush=True)
 
 
 def _decode(file: Path, folder: Path, args: argparse.Namespace) -> None:
     from gguf import GGUFReader
 
-    # of the embedding a token reads one row
+    # a token reads only one row of the embedding
     read = sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors if tensor.name != "token_embd.weight")
     before = _bandwidth()
     serve_bench.SLOTS = max(serve_bench.STREAMS)
@@ -205,13 +207,13 @@ def _decode(file: Path, folder: Path, args: argparse.Namespace) -> None:
 
 
 def _drafts(file: Path) -> None:
-    from entrypoints.engines.llamacpp_engine import DRAFTED
+    from entrypoints.engines.llamacpp.server import DRAFT_TOKENS
 
-    plain, drafting = (statistics.median(_in_a_process(_drafted, file, right)) for right in (False, True))
-    steps = (DRAFTED + 1) * plain / drafting
+    plain, drafting = (statistics.median(_in_a_process(_drafted, file, accept)) for accept in (False, True))
+    steps = (DRAFT_TOKENS + 1) * plain / drafting
     print(
-        f"drafts    {plain:.2f} tokens/s without, {drafting:.2f} where all are right; a step with {DRAFTED} drafted "
-        f"tokens takes {steps:.1f} times as long: gains from {int(steps)} right on",
+        f"drafts    {plain:.2f} tokens/s without, {drafting:.2f} if all are accepted; a step with {DRAFT_TOKENS} "
+        f"drafted tokens takes {steps:.1f} times as long: faster from {int(steps)} accepted tokens on",
         flush=True,
     )
 
@@ -221,30 +223,31 @@ def _in_a_process(work: Callable, *args: object) -> object:
         return pool.submit(work, *args).result()
 
 
-def _drafted(file: Path, right: bool) -> list[float]:
-    """Tokens per second of three answers; with `right` llama.cpp is told to take every draft for right.
+def _drafted(file: Path, accept: bool) -> list[float]:
+    """Tokens per second of three answers; with `accept` llama.cpp accepts every draft.
 
-    The prompt holds stretches of DRAFTED tokens, one token in front of each; a bias has the model say that one token
-    wherever it is asked, so that a draft can follow.
+    The prompt consists of runs of DRAFT_TOKENS tokens, each preceded by the same token; a logit bias makes the model
+    generate that token, so that a draft can follow.
     """
     import xllamacpp
 
-    import entrypoints.engines.llamacpp_engine as ours
-    from entrypoints.checkpoint.gguf import open_gguf
-    from entrypoints.engines.machine import available_cpus
+    import entrypoints.engines.llamacpp.server as llama_server
+    from entrypoints.checkpoint.gguf_reader import open_gguf
+    from entrypoints.engines.options import EngineOptions
 
-    if right:
-        made = xllamacpp.CommonParams
+    if accept:
+        create = xllamacpp.CommonParams
 
-        def params() -> object:
-            found = made()
-            found.speculative.synth_rates = [1.0] * ours.DRAFTED
-            return found
+        def accepting() -> object:
+            params = create()
+            params.speculative.synth_rates = [1.0] * llama_server.DRAFT_TOKENS
+            return params
 
-        xllamacpp.CommonParams = params
-    server = ours._start(open_gguf(file), 1024, 1, available_cpus(), speculative=right)
-    stretches = [[777, *range(1000 + n * ours.DRAFTED, 1000 + (n + 1) * ours.DRAFTED)] for n in range(10)]
-    prompt = [*itertools.chain(*stretches), *stretches[0][-3:]]
+        xllamacpp.CommonParams = accepting
+    server = llama_server.start_server(open_gguf(file), EngineOptions(context_length=1024, speculative=accept))
+    length = llama_server.DRAFT_TOKENS
+    runs = [[777, *range(1000 + n * length, 1000 + (n + 1) * length)] for n in range(10)]
+    prompt = [*itertools.chain(*runs), *runs[0][-3:]]
     request = {"prompt": prompt, "stream": True, "n_predict": 64, "temperature": 0.0, "logit_bias": [[777, 100]]}
     rates = []
     for _ in range(4):  # the first reads the prompt
@@ -252,30 +255,29 @@ def _drafted(file: Path, right: bool) -> list[float]:
         server.handle_completions(request, last.update)
         rates.append(last["timings"]["predicted_per_second"])
         assert last["timings"].get("draft_n_accepted", 0) == last["timings"].get("draft_n", 0)
-        assert bool(last["timings"].get("draft_n")) == right
+        assert bool(last["timings"].get("draft_n")) == accept
     return rates[1:]
 
 
 def _transformers(dtype: str, way: str, layers: int) -> None:
-    """Seconds of a token at 4 and at 8 layers give those of a layer, and so those of all."""
+    """Extrapolate to `layers` from the seconds per token at 4 and at 8 layers."""
     seconds, gigabytes = {}, 0.0
     for count in (4, 8):
         seconds[count], gigabytes = _token_of_transformers(dtype, way, count)
-    layer = (seconds[8] - seconds[4]) / 4
-    rate = 1 / (seconds[8] + (layers - 8) * layer)
-    told = f"8 layers {1 / seconds[8]:.2f} tokens/s in {gigabytes:.1f} GB"
-    print(f"transformers {dtype}, {way}: {told}; {layers} layers {rate:.2f} tokens/s", flush=True)
+    rate = 1 / (seconds[8] + (layers - 8) * (seconds[8] - seconds[4]) / 4)
+    eight = f"8 layers {1 / seconds[8]:.2f} tokens/s in {gigabytes:.1f} GB"
+    print(f"transformers {dtype}, {way}: {eight}; {layers} layers {rate:.2f} tokens/s", flush=True)
 
 
 def _token_of_transformers(dtype: str, way: str, layers: int) -> tuple[float, float]:
-    """Seconds of a token after 16 others, and the gigabytes of the weights."""
+    """Seconds per token after 16 others, and the gigabytes of the weights."""
     import torch
     from transformers import DynamicCache, GlmConfig, GlmForCausalLM, StaticCache
 
-    from entrypoints.checkpoint.layout import Shape
+    from entrypoints.checkpoint.layout import ModelConfig
 
-    shape = Shape(layers, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
-    config = GlmConfig(**shape.native_config(dtype, (2,), 0))
+    model_config = ModelConfig(layers, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
+    config = GlmConfig(**model_config.native_config(dtype, (2,), 0))
     with torch.device("meta"):
         model = GlmForCausalLM(config).to(getattr(torch, dtype))
     model = model.to_empty(device="cpu").eval()
@@ -285,7 +287,7 @@ def _token_of_transformers(dtype: str, way: str, layers: int) -> tuple[float, fl
     ids, times = torch.arange(100, 116)[None], []
     step = torch.compile(model) if way == "torch.compile" else model
     with torch.inference_mode():
-        cache = DynamicCache(config=config) if way == "as it is" else StaticCache(config, max_cache_len=64)
+        cache = DynamicCache(config=config) if way == "default" else StaticCache(config, max_cache_len=64)
         model(ids, cache=cache, use_cache=True)
         for _ in range(12):
             start = time.monotonic()

@@ -1,17 +1,17 @@
-"""What the API costs on top of its engine: tokens per second, server CPU per token, time to the first token.
+"""Overhead of the API over its engine: tokens per second, server CPU per token, time to the first token.
 
-A random checkpoint of the 6B's architecture (by default 24 layers of width 1024, 0.25 billion weights) is written to a
-temporary folder. The raw engine runs in a process of its own and is called there, without HTTP; `glm serve` runs in
-another and is asked by this one over loopback, all on the same cores; with --one-core the model's processes share one
-and this has the others, which is steadier on a busy machine. Rounds alternate; medians are printed.
+A random checkpoint with the architecture of the 6B (by default 24 layers of width 1024, 0.25 billion parameters) is
+written to a temporary folder. The raw engine runs in its own process and is called there, without HTTP; `glm serve`
+runs in another and is queried over loopback, all on the same cores. With --one-core the model processes share one core
+and this script uses the others, which gives steadier results on a busy machine. Rounds alternate; medians are printed.
 
-    llamacpp       raw is xllamacpp's own server object, called with token ids; same file, threads, slots
-    transformers   raw is this product's engine object, which adds a queue to transformers; and 8 answers at once
-                   against 8 in a row, both through the API
+    llamacpp       raw is the server object of xllamacpp, called with token ids; same file, threads, slots
+    transformers   raw is the engine object of this product, which adds a queue to transformers; also 8 answers at
+                   once compared with 8 one after another, both through the API
 
     python tests/bench/serve_bench.py                          both engines, minutes
     python tests/bench/serve_bench.py --engine llamacpp --rounds 5
-    python tests/bench/serve_bench.py --model chatglm3-6b-q4_0.gguf    a file or folder of yours instead
+    python tests/bench/serve_bench.py --model chatglm3-6b-q4_0.gguf    an existing file or folder instead
 """
 
 import argparse
@@ -33,9 +33,9 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-from serving_process import GLM, Server, serving, take_one_core
+from serving_process import GLM, Server, pin_to_one_cpu, serving
 
-from entrypoints.engines.loading import engine_for
+from entrypoints.engines.loading import select_engine
 
 STREAMS = (1, 4)
 SLOTS = 8
@@ -57,25 +57,25 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make the model, measure, print the tables."""
+    """Create the models, measure, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("llamacpp", "transformers", "both"), default="both")
-    parser.add_argument("--rounds", type=int, default=3, help="of each kind, alternating")
-    parser.add_argument("--tokens", type=int, default=96, help="of each answer")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each kind, alternating")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens of each answer")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=1024, help="a multiple of 256")
-    parser.add_argument("--model", type=Path, help="measure this GGUF file or converted folder, on its own engine")
-    parser.add_argument("--one-core", action="store_true", help="run each model on one core, the same")
+    parser.add_argument("--model", type=Path, help="measure this GGUF file or converted folder on its engine")
+    parser.add_argument("--one-core", action="store_true", help="run all model processes on one core")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="serve-bench-") as folder:
         if args.model:
-            models = {engine_for(args.model): args.model}
+            models = {select_engine(args.model): args.model}
         else:
             models = _models(Path(folder), args.layers, args.width)
             megabytes = models["llamacpp"].stat().st_size / 1e6
             print(f"{args.layers} layers of width {args.width}, {megabytes:.0f} MB as q8_0")
         cores = 1 if args.one_core else os.cpu_count()
-        print(f"{args.tokens} tokens an answer; {cores} cores for a model; medians of {args.rounds}")
+        print(f"{args.tokens} tokens per answer; {cores} cores per model; medians of {args.rounds}")
         for engine, model in models.items():
             if args.engine in (engine, "both"):
                 _measure(engine, model, Path(folder), args)
@@ -84,16 +84,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def _models(folder: Path, layers: int, width: int) -> dict[str, Path]:
     """One random model for each engine."""
+    from entrypoints.chat_format.prompt import PromptFormat
     from entrypoints.checkpoint.conversion import convert_to_native
-    from entrypoints.checkpoint.gguf_writing import write_gguf
     from entrypoints.demo import model
-    from entrypoints.prompt import PromptFormat
+    from entrypoints.quantization.gguf_writer import write_gguf
 
-    model.SHAPE = dataclasses.replace(
-        model.SHAPE, layers=layers, hidden=width, heads=width // 128, groups=2, head_dim=128, ffn=width * 5 // 2
+    model.MODEL_CONFIG = dataclasses.replace(
+        model.MODEL_CONFIG,
+        num_layers=layers,
+        hidden_size=width,
+        num_heads=width // 128,
+        num_kv_heads=2,
+        head_dim=128,
+        intermediate_size=width * 5 // 2,
     )
     words = Path(model.__file__).with_name("ad_copy.jsonl").read_text(encoding="utf-8").splitlines()
-    model.write_toy(folder / "original", words)
+    model.write_demo_model(folder / "original", words)
     convert_to_native(folder / "original", folder / "native", PromptFormat())
     write_gguf(folder / "native", folder / "model.gguf", "q8_0")
     return {"llamacpp": folder / "model.gguf", "transformers": folder / "native"}
@@ -104,7 +110,7 @@ def _measure(engine: str, model: Path, folder: Path, args: argparse.Namespace) -
     spawn = multiprocessing.get_context("spawn")
     raw = spawn.Process(target=_raw, args=(engine, model, theirs, args.one_core), daemon=True)
     raw.start()
-    theirs.close()  # else nobody would notice its end
+    theirs.close()  # so that the end of the process is noticed
     flags = ["--model", model, "--engine", engine, "--slots", SLOTS, "--served-model-name", "bench"]
     try:
         with serving([*GLM, "serve", *map(str, flags)], folder / f"{engine}.log", None, args.one_core) as server:
@@ -139,11 +145,15 @@ def _print(engine: str, found: dict[tuple[str, int], list[Run]]) -> None:
 def _print_gain(ask: Callable[[int, int], Run], rounds: int, tokens: int) -> None:
     at_once = statistics.median(ask(8, tokens).seconds for _ in range(rounds))
     in_a_row = statistics.median(sum(ask(1, tokens).seconds for _ in range(8)) for _ in range(rounds))
-    print(f"8 answers at once {at_once:.1f} s, in a row {in_a_row:.1f} s: {in_a_row / at_once:.2f} times", flush=True)
+    print(
+        f"8 answers in parallel {at_once:.1f} s, one after another {in_a_row:.1f} s: "
+        f"{in_a_row / at_once:.2f} times as fast",
+        flush=True,
+    )
 
 
 def _together(streams: int, one: Callable[[], tuple[int, float]], cpu: Callable[[], float]) -> Run:
-    """Run so many of `one` at once; it gives its tokens and when its first came."""
+    """Run `one` in parallel; it returns its token count and the time of its first token."""
     results: list[tuple[int, float]] = []
     threads = [threading.Thread(target=lambda: results.append(one())) for _ in range(streams)]
     start, used = time.monotonic(), cpu()
@@ -164,7 +174,7 @@ def _ask_api(server: Server) -> Callable[[int, int], Run]:
         return times.user + times.system
 
     def ask(streams: int, tokens: int) -> Run:
-        # a stop id would end a random model's answer at some token or other: what counts is tokens, not text
+        # a random model may stop at any token, so tokens are counted, not text
         body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": tokens, "temperature": 0}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         return _together(streams, lambda: _stream(server.port, json.dumps(body).encode()), cpu)
@@ -183,7 +193,7 @@ def _stream(port: int, body: bytes) -> tuple[int, float]:
                 first = time.monotonic()
     connection.close()
     tokens = json.loads(last.removeprefix(b"data: "))["usage"]["completion_tokens"]
-    return tokens, first or time.monotonic()  # a random model may say tokens without text
+    return tokens, first or time.monotonic()  # a random model may generate tokens without text
 
 
 def _ask_raw(pipe: Connection, process: BaseProcess) -> Callable[[int, int], Run]:
@@ -195,18 +205,18 @@ def _ask_raw(pipe: Connection, process: BaseProcess) -> Callable[[int, int], Run
 
 
 def _hear(pipe: Connection, process: BaseProcess) -> object:
-    """What the raw engine's process says next; raises RuntimeError if it ended instead."""
+    """The next message of the raw engine's process. Raises RuntimeError: the process ended."""
     try:
         return pipe.recv()
     except (EOFError, ConnectionError) as error:
         process.join()
-        raise RuntimeError(f"the raw engine's process ended with {process.exitcode}") from error
+        raise RuntimeError(f"the process of the raw engine exited with {process.exitcode}") from error
 
 
 def _raw(engine: str, model: Path, pipe: Connection, one_core: bool) -> None:
-    """In a process of its own: load the raw engine, say so, and run what is asked."""
+    """In a separate process: load the raw engine, report it, and run the requested answers."""
     if one_core:
-        take_one_core()
+        pin_to_one_cpu()
     start = _raw_llamacpp(model) if engine == "llamacpp" else _raw_transformers(model)
     pipe.send("loaded")
     while True:
@@ -215,12 +225,12 @@ def _raw(engine: str, model: Path, pipe: Connection, one_core: bool) -> None:
 
 
 def _raw_llamacpp(model: Path) -> Callable[[int], tuple[int, float]]:
-    import entrypoints.engines.llamacpp_engine as ours
-    from entrypoints.checkpoint.gguf import open_gguf
-    from entrypoints.engines.machine import available_cpus
+    from entrypoints.checkpoint.gguf_reader import open_gguf
+    from entrypoints.engines.llamacpp.server import start_server
+    from entrypoints.engines.options import EngineOptions
 
     checkpoint = open_gguf(model)
-    server = ours._start(checkpoint, SLOTS * checkpoint.window, SLOTS, available_cpus())  # xllamacpp.Server, as served
+    server = start_server(checkpoint, EngineOptions(slots=SLOTS))  # as `glm serve` starts it
     prompt = checkpoint.prompt_format.encode([{"role": "user", "content": QUESTION}], checkpoint.tokenizer)
 
     def one(most: int) -> tuple[int, float]:
@@ -239,10 +249,11 @@ def _raw_llamacpp(model: Path) -> Callable[[int], tuple[int, float]]:
 
 
 def _raw_transformers(model: Path) -> Callable[[int], tuple[int, float]]:
-    from entrypoints.engines.transformers_engine import TransformersEngine
-    from entrypoints.sampling import Sampling
+    from entrypoints.chat_format.sampling import Sampling
+    from entrypoints.engines.options import EngineOptions
+    from entrypoints.engines.transformers.engine import TransformersEngine
 
-    engine = TransformersEngine.load_for_serving(model, {}, "cpu", "auto", SLOTS)
+    engine = TransformersEngine.load(model, EngineOptions(device="cpu", dtype="auto", slots=SLOTS))
     prompt = engine.prompt_format.encode([{"role": "user", "content": QUESTION}], engine.tokenizer)
 
     def one(most: int) -> tuple[int, float]:

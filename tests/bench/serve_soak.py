@@ -1,10 +1,11 @@
-"""A server whose clients hang up midway, a third of them: lost slots, memory growth, answers unlike their twin.
+"""Soak test of a server, a third of whose clients disconnect early: lost slots, memory growth, differing answers.
 
-A toy checkpoint runs behind `glm serve` with four slots. Each of a set of questions is asked once alone, at temperature
-0; these are the twins. They end before the first token whose likeliest rival came as near as CLOSE: which of two such
-wins may depend on what else is in the batch. Then 16 clients ask again at random, streamed and whole, and every answer
-that is not hung up on must equal its twin. Hanging up happens before the first byte, after some events, in the queue.
-Ends with 1 when a slot is lost, an answer differs, a request fails, or memory grows by more than LIMIT.
+The demo model runs under `glm serve` with four slots. Each of a set of questions is first sent alone, at temperature 0;
+these are the reference answers. They end before the first token whose probability is within CLOSE of the second: which
+of the two wins may depend on the other requests in the batch. Then 16 clients send the questions at random, streaming
+and not, and every answer that is not aborted must equal its reference. Clients disconnect before the first byte, after
+some events, or in the queue.
+Exits with 1 if a slot is lost, an answer differs, a request fails, or memory grows by more than LIMIT.
 
     python tests/bench/serve_soak.py                                   10 minutes, transformers
     python tests/bench/serve_soak.py --engine llamacpp --seconds 90
@@ -28,26 +29,26 @@ from serving_process import GLM, Server, serving
 
 CHAT = "/v1/chat/completions"
 SLOTS = 4
-CLOSE = 0.03  # in log probability
-SHORTEST = 16  # tokens that an answer has before that
+CLOSE = 0.03  # difference of log probabilities
+SHORTEST = 16  # tokens of a reference answer at least
 LIMIT = 64 << 20  # bytes of resident memory between the first and the last fifth
 WORDS = ("裙子", "上衣材质牛仔布", "显瘦", "夏天", "介绍一下", "hello", "类型#裤", "图案#复古", "x", "颜色")
 
 
 class Crowd:
-    """The clients and what happened to them."""
+    """The clients and their results."""
 
     def __init__(self, server: Server, questions: list[dict], seed: int) -> None:
         self.server = server
         self.questions = questions
-        self.twins = [self._text(body) for body in questions]
+        self.references = [self._text(body) for body in questions]
         self.chance = random.Random(seed)
         self.counts: collections.Counter[str] = collections.Counter()
         self.problems: list[str] = []
         self._guard = threading.Lock()
 
     def run(self, clients: int, seconds: float) -> list[int]:
-        """Ask until the time is over; resident bytes of the server, once a second."""
+        """Send requests until the time is over; returns the resident bytes of the server, once a second."""
         end = time.monotonic() + seconds
         threads = [threading.Thread(target=self._client, args=(self.chance.random(), end)) for _ in range(clients)]
         for thread in threads:
@@ -68,17 +69,17 @@ class Crowd:
             try:
                 if chance.random() < 1 / 3:
                     self._leave(body, chance)
-                    self._count("hung up")
-                elif (text := self._text(body)) == self.twins[number]:
+                    self._count("disconnected")
+                elif (text := self._text(body)) == self.references[number]:
                     self._count("equal")
                 else:
-                    self._problem(f"differs: {body}: {text!r} for {self.twins[number]!r}")
+                    self._problem(f"differs: {body}: {text!r} instead of {self.references[number]!r}")
             except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
                 self._problem(f"failed: {body}: {error!r}")
 
     def _leave(self, body: dict, chance: random.Random) -> None:
         if not body["stream"] or chance.random() < 0.3:
-            self.server.leave(CHAT, body, chance.random() * 0.5)
+            self.server.send_and_disconnect(CHAT, body, chance.random() * 0.5)
             return
         with self.server.stream(CHAT, body) as response:
             for _ in range(chance.randrange(1, 30)):
@@ -104,7 +105,7 @@ class Crowd:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Start, ask alone, let the crowd in, report."""
+    """Start the server, collect the references, run the clients, print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("transformers", "llamacpp"), default="transformers")
     parser.add_argument("--seconds", type=float, default=600)
@@ -114,9 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="serve-soak-") as folder:
         model = _model(Path(folder), args.engine)
         flags = ["--engine", args.engine, "--slots", SLOTS]
-        flags += (
-            ["--dtype", "float32"] if args.engine == "transformers" else []
-        )  # half precision is not the same in a batch
+        flags += ["--dtype", "float32"] if args.engine == "transformers" else []  # half precision depends on the batch
         with serving([*GLM, "serve", "--model", model, *map(str, flags)], Path(folder) / "log") as server:
             return _soak(server.wait_ready(), args)
 
@@ -132,7 +131,7 @@ def _soak(server: Server, args: argparse.Namespace) -> int:
     fifth = max(1, len(memory) // 5)
     growth = statistics.median(memory[-fifth:]) - statistics.median(memory[fifth : 2 * fifth] or memory)
     print(f"{args.engine}, {args.seconds:.0f} s, {args.clients} clients, {SLOTS} slots: {dict(crowd.counts)}")
-    print(f"slots still taken {lost:.0f}; running at once afterwards {reached} of {SLOTS}")
+    print(f"slots not released {lost:.0f}; parallel requests afterwards {reached} of {SLOTS}")
     print(f"memory {memory[-1] / 1e6:.0f} MB, growth from the second to the last fifth {growth / 1e6:+.1f} MB")
     errors = server.log.count("Traceback")
     print(f"tracebacks in the log {errors}")
@@ -142,7 +141,7 @@ def _soak(server: Server, args: argparse.Namespace) -> int:
 
 
 def _questions(server: Server, chance: random.Random, count: int) -> list[dict]:
-    """Bodies whose answers do not hang by a hair."""
+    """Request bodies whose answers do not depend on nearly equal probabilities."""
     found: list[dict] = []
     while len(found) < count:
         text = " ".join(chance.choices(WORDS, k=chance.randrange(1, 12)))
@@ -156,7 +155,7 @@ def _questions(server: Server, chance: random.Random, count: int) -> list[dict]:
 
 
 def _most_running(server: Server, body: dict) -> int:
-    """How many answers run at once when more are asked for than there are slots."""
+    """Number of parallel answers when more are requested than there are slots."""
     asked = [
         threading.Thread(target=server.post, args=(CHAT, {**body, "max_tokens": 200}), daemon=True)
         for _ in range(2 * SLOTS)
@@ -170,13 +169,13 @@ def _most_running(server: Server, body: dict) -> int:
 
 
 def _model(folder: Path, engine: str) -> Path:
+    from entrypoints.chat_format.prompt import PromptFormat
     from entrypoints.checkpoint.conversion import convert_to_native
-    from entrypoints.checkpoint.gguf_writing import write_gguf
     from entrypoints.demo import model
-    from entrypoints.prompt import PromptFormat
+    from entrypoints.quantization.gguf_writer import write_gguf
 
     words = Path(model.__file__).with_name("ad_copy.jsonl").read_text(encoding="utf-8").splitlines()
-    model.write_toy(folder / "original", words)
+    model.write_demo_model(folder / "original", words)
     convert_to_native(folder / "original", folder / "native", PromptFormat())
     if engine == "transformers":
         return folder / "native"

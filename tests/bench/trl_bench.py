@@ -1,14 +1,14 @@
-"""Rows a second of `glm train` and of TRL's SFTTrainer, both whole, on the same rows with the same model.
+"""Rows per second of complete runs of `glm train` and of TRL's SFTTrainer, on the same rows with the same model.
 
 glm        what `glm train` runs
-trl        SFTTrainer as it comes: padded to the longest of a random batch, activations computed anew in the way back
-trl, kept  the same without computing activations anew, as `glm train` without --gradient-checkpointing
+trl        SFTTrainer with its defaults: padded to the longest row of a random batch, activations recomputed
+trl, kept  the same without recomputing activations, as `glm train` without --gradient-checkpointing
 
-All weights, and a LoRA of rank 8 on queries, keys and values; batches of 4, float32, one thread, seconds of the
-processor from a run's first step to its last. Each run is a process of its own; told are medians. TRL takes the ids and
-labels that `glm train` made, so that both learn the same, and is given what it cannot choose here: the CPU and float32.
+All parameters, and LoRA of rank 8 on queries, keys and values; batches of 4, float32, one thread, CPU seconds from the
+first step of a run to its last. Each run is a process of its own; medians are reported. TRL receives the ids and labels
+that `glm train` created, so that both train on the same labels, and the settings it cannot detect: CPU and float32.
 
-    pip install trl==1.16.0                beside the train packages; without it glm's rows are all there is
+    pip install trl==1.16.0                next to the training packages; without it only `glm train` is measured
     python tests/bench/trl_bench.py        ten minutes on one core
 """
 
@@ -30,14 +30,15 @@ import torch
 from train_bench import GOLDEN, SAMPLE, SEED, vocabulary
 from transformers import GlmConfig, GlmForCausalLM, PrinterCallback, TrainerCallback
 
-from entrypoints.checkpoint.layout import Shape
-from entrypoints.checkpoint.native import save_tokenizer, write_settings
+from entrypoints.chat_format.prompt import IGNORE_INDEX, PromptFormat
+from entrypoints.checkpoint.layout import ModelConfig
+from entrypoints.checkpoint.native import save_tokenizer, write_config_files
 from entrypoints.checkpoint.tokenizer import Tokenizer
-from entrypoints.engines.machine import freed_memory_kept
-from entrypoints.prompt import IGNORED, PromptFormat
-from entrypoints.training import trainer as glm
+from entrypoints.hardware.resources import retain_freed_memory
 from entrypoints.training.arguments import LORA_TARGETS, TrainArguments
-from entrypoints.training.preparation import Prepared, prepare
+from entrypoints.training.preparation import PreparedRun, prepare
+from entrypoints.training.run import build_trainer
+from entrypoints.training.run_context import open_run
 
 WAYS = ("glm", "trl", "trl, kept")
 METHODS = ("full", "lora")
@@ -45,7 +46,7 @@ METHODS = ("full", "lora")
 
 @dataclass(frozen=True)
 class Task:
-    """What a process needs to know."""
+    """Parameters of one process."""
 
     way: str
     method: str
@@ -57,7 +58,7 @@ class Task:
 
 
 class Clock(TrainerCallback):
-    """Seconds of the processor from before the first step until after the last."""
+    """CPU seconds from before the first step until after the last."""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.begin = time.process_time()
@@ -67,20 +68,22 @@ class Clock(TrainerCallback):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make the model, run the rounds, report."""
+    """Create the model, run all rounds, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=120, help="rows of a run (default: 120)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each way (default: 3)")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows of a step (default: 4)")
-    parser.add_argument("--layers", type=int, default=4, help="default: 4")
-    parser.add_argument("--hidden", type=int, default=256, help="width; the rest has the 6B's proportions")
+    parser.add_argument("--rows", type=int, default=120, help="rows per run (default: 120)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per way (default: 3)")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows per step (default: 4)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model (default: 4)")
     parser.add_argument(
-        "--toy", action="store_true", help="the demo's rows and vocabulary of 2,409 in place of ADGEN's"
+        "--hidden", type=int, default=256, help="hidden size (default: 256); other sizes in proportion to the 6B"
+    )
+    parser.add_argument(
+        "--toy", action="store_true", help="rows and vocabulary of the demo (2,409 tokens) instead of AdvertiseGen"
     )
     args = parser.parse_args(argv)
     ways = WAYS if importlib.util.find_spec("trl") else WAYS[:1]
     if ways != WAYS:
-        print("trl is not installed: its rows are left out (pip install trl==1.16.0)")
+        print("trl is not installed and not measured: pip install trl==1.16.0")
     file = GOLDEN / "adgen_dev.json"
     toy = args.toy or not file.is_file()
     file = SAMPLE if toy else file
@@ -88,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(name)
         size = _model(folder / "model", args.layers, args.hidden, vocabulary(toy))
         print(
-            f"{args.rows} rows of {file.name}, {args.layers} layers of {args.hidden}, vocabulary {size:,}, "
+            f"{args.rows} rows of {file.name}, {args.layers} layers of width {args.hidden}, vocabulary {size:,}, "
             f"batches of {args.batch_size}"
         )
         found = {}
@@ -103,20 +106,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _model(folder: Path, layers: int, hidden: int, words: tokenizers.Tokenizer) -> int:
-    """A checkpoint of random weights; returns the rows of its embedding."""
+    """Write a checkpoint with random weights; returns its vocabulary size."""
     torch.manual_seed(SEED)
     tokenizer = Tokenizer(words)
     size = -(-tokenizer.size // 256) * 256
-    shape = Shape(layers, hidden, 8, 2, hidden // 8, hidden * 107 // 32, size, 2048, 1e-5, 1)
-    config = GlmConfig(**shape.native_config("float32", tokenizer.stop_ids, tokenizer.pad_id))
+    model_config = ModelConfig(layers, hidden, 8, 2, hidden // 8, hidden * 107 // 32, size, 2048, 1e-5, 1)
+    config = GlmConfig(**model_config.native_config("float32", tokenizer.stop_ids, tokenizer.pad_id))
     GlmForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder, words)
-    write_settings(folder, shape, "float32", tokenizer, PromptFormat())
+    write_config_files(folder, model_config, "float32", tokenizer, PromptFormat())
     return size
 
 
 def _in_a_process(task: Task) -> dict:
-    """Its peak memory is then its own."""
+    """Run in a new process, so that the peak memory is that of this task."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_run, task).result()
 
@@ -127,21 +130,22 @@ def _run(task: Task) -> dict:
         task.model, task.file, task.output, method=task.method, per_device_train_batch_size=task.batch_size,
         num_train_epochs=1, max_train_samples=task.rows, device="cpu",
     )  # fmt: skip
-    prepared = prepare(arguments)
-    trainer = glm.made(arguments, prepared) if task.way == "glm" else _trl(task, arguments, prepared)
+    prepared = prepare(open_run(arguments, None))
+    trainer = build_trainer(prepared) if task.way == "glm" else _trl(task, arguments, prepared)
     clock = Clock()
     trainer.add_callback(clock)
-    with freed_memory_kept() if task.way == "glm" else contextlib.nullcontext():  # as glm train does without a GPU
+    with retain_freed_memory() if task.way == "glm" else contextlib.nullcontext():  # as glm train does without a GPU
         loss = trainer.train().training_loss
     return {
         "rows/s": len(prepared.dataset) / clock.seconds,
-        "labels": sum(label != IGNORED for row in prepared.dataset["labels"] for label in row) / len(prepared.dataset),
+        "labels": sum(label != IGNORE_INDEX for row in prepared.dataset["labels"] for label in row)
+        / len(prepared.dataset),
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "loss": loss,
     }
 
 
-def _trl(task: Task, arguments: TrainArguments, prepared: Prepared) -> object:
+def _trl(task: Task, arguments: TrainArguments, prepared: PreparedRun) -> object:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
@@ -150,7 +154,8 @@ def _trl(task: Task, arguments: TrainArguments, prepared: Prepared) -> object:
         target_modules=list(LORA_TARGETS[arguments.lora_target]), task_type="CAUSAL_LM",
     )  # fmt: skip
     settings = SFTConfig(
-        str(task.output), per_device_train_batch_size=task.batch_size, num_train_epochs=1, learning_rate=arguments.rate,
+        str(task.output), per_device_train_batch_size=task.batch_size, num_train_epochs=1,
+        learning_rate=arguments.peak_learning_rate,
         use_cpu=True, bf16=False, disable_tqdm=True,
         **({"gradient_checkpointing": False} if task.way == "trl, kept" else {}),
     )  # fmt: skip

@@ -1,11 +1,12 @@
-"""The pages: seconds from the command to its first answer and to the first paint, and bytes a browser loads.
+"""Web pages: seconds until a page is served, painted and usable, and bytes that a browser loads.
 
-Each page runs as a user starts it, against a scripted server; a headless Chromium opens it with an empty cache and once
-more with a full one. First paint is the browser's own first-contentful-paint; usable is when the field takes a
-question, or the page's title shows. Bytes are what came over the socket, as the browser's protocol counts them.
+Each page runs as a user starts it, connected to a scripted server; a headless Chromium opens it with an empty cache and
+again with a filled cache. First paint is the first-contentful-paint of the browser. A chat page is usable when its
+input field is visible, the training page when its notice is. Bytes are those of the network, as the DevTools protocol
+counts them.
 
-    python tests/bench/web_bench.py                 minutes on a busy machine
-    python tests/bench/web_bench.py --rounds 5      more rounds; told are medians
+    python tests/bench/web_bench.py                 a few minutes
+    python tests/bench/web_bench.py --rounds 5      more rounds; the medians are reported
 """
 
 import argparse
@@ -23,9 +24,9 @@ from chat_drivers import DRIVERS  # noqa: E402
 from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
 from processes import SUPPORT, Process, free_port, glm  # noqa: E402
 
+from entrypoints.chat_format.prompt import PromptFormat  # noqa: E402
 from entrypoints.checkpoint.conversion import convert_to_native  # noqa: E402
-from entrypoints.demo.model import write_toy  # noqa: E402
-from entrypoints.prompt import PromptFormat  # noqa: E402
+from entrypoints.demo.model import write_demo_model  # noqa: E402
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -34,9 +35,9 @@ PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ??
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure each page, report a line for each."""
+    """Measure each page and print one line per page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="starts of each page (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="starts per page (default: 3)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         folder = Path(name)
@@ -45,11 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             for ui in UIS:
                 rounds = [_round(ui, url, folder, browser) for _ in range(args.rounds)]
-                middle = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+                median = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
                 print(
-                    f"{ui:10} start {middle['start']:.1f} s   first paint {middle['paint']:.2f} s"
-                    f"   usable {middle['usable']:.2f} s   loaded {middle['bytes'] / 1e6:.2f} MB in"
-                    f" {middle['requests']:.0f} requests, again {middle['again'] / 1e6:.2f} MB",
+                    f"{ui:10} start {median['start']:.1f} s   first paint {median['paint']:.2f} s"
+                    f"   usable {median['usable']:.2f} s   loaded {median['bytes'] / 1e6:.2f} MB in"
+                    f" {median['requests']:.0f} requests, again {median['again'] / 1e6:.2f} MB",
                     flush=True,
                 )
         finally:
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _server(folder: Path) -> tuple[Process, str]:
     text = resources.files("entrypoints.demo").joinpath("ad_copy.jsonl").read_text(encoding="utf-8")
-    write_toy(folder / "original", text.splitlines())
+    write_demo_model(folder / "original", text.splitlines())
     convert_to_native(folder / "original", folder / "native", PromptFormat())
     (folder / "keys").write_text("")
     port = free_port()
@@ -100,9 +101,9 @@ def _visit(page: Page, ui: str, address: str) -> dict[str, float]:
     network.on("Network.loadingFinished", loaded)
     begin = time.monotonic()
     page.goto(address)
-    page.locator(DRIVERS[ui].field if ui in DRIVERS else '[data-testid="stAlert"]').wait_for(timeout=60_000)
+    page.locator(DRIVERS[ui].input_selector if ui in DRIVERS else '[data-testid="stAlert"]').wait_for(timeout=60_000)
     usable = time.monotonic() - begin
-    page.wait_for_timeout(1500)  # what is loaded late counts too
+    page.wait_for_timeout(1500)  # includes resources that are loaded late
     return {"paint": page.evaluate(PAINT) / 1000, "usable": usable, **counted}
 
 

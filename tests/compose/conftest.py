@@ -1,4 +1,4 @@
-"""One project of containers for all tests of a module, removed at the end whatever happens."""
+"""A Compose project for all tests of a module; it is removed at the end, also after a failure."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ browser, new_page = browsing.browser, browsing.new_page  # fixtures
 
 @pytest.fixture(scope="session")
 def images() -> None:
-    """The engine, and the images that the tests start."""
+    """Skip without a Docker engine or the images that the tests start."""
     engine = connected(60)
     for name in ("infer-cpu", "infer-quantized", "train-cuda"):
         image_of(engine, name)
@@ -24,26 +24,26 @@ def images() -> None:
 
 @pytest.fixture(scope="module")
 def make_project(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Project]]:
-    """Projects of one name, which share their volumes; with an empty folder of models and free ports."""
+    """Projects with the same name and volumes, an empty model folder and free ports."""
     name = f"glm-test-{ports()['API_PORT']}"
     folders = tmp_path_factory.mktemp("folders")
-    folders.chmod(0o755)  # pytest's are for this user alone
+    folders.chmod(0o755)  # pytest creates folders that only this user can read
     environment = {**ports(), "FOLDERS_DIR": folders}
-    made: list[Project] = []
+    projects: list[Project] = []
 
     def make(*profiles: str, **more: object) -> Project:
-        made.append(Project(name, profiles, **{**environment, **more}))
-        return made[-1]
+        projects.append(Project(name, profiles, **{**environment, **more}))
+        return projects[-1]
 
     yield make
-    if made:
-        made[-1].remove()
+    if projects:
+        projects[-1].remove()
 
 
 @pytest.fixture
 def small_models(toy_native: Path, tmp_path: Path) -> Path:
-    """A folder with the untrained toy as `toy`, which anybody may read."""
-    folder = shutil.copytree(toy_native, tmp_path / "folders" / "toy")
+    """A folder with the untrained demo model as `tiny`, readable for everybody."""
+    folder = shutil.copytree(toy_native, tmp_path / "folders" / "tiny")
     for path in (folder.parent, folder, *folder.iterdir()):
         path.chmod(0o755)
     return folder.parent

@@ -1,4 +1,4 @@
-"""What `make` says before it starts anything, and what keeps containers from a machine's GPUs."""
+"""Errors of `make` before anything starts, and the diagnosis of GPUs in containers."""
 
 import os
 import subprocess
@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 from containers import REPOSITORY
 
-RUNTIMES = {"without": '{"runc":{}}', "with": '{"nvidia":{},"runc":{}}'}
+RUNTIMES = {"without": '{"runc":{}}', "with": '{"nvidia":{},"runc":{}}', "cdi": '{"runc":{}} ["/etc/cdi"]'}
 
 
-def make(*words: str) -> subprocess.CompletedProcess:
-    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # of the make that may run these tests
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # set if make runs these tests
     environment = {name: value for name, value in os.environ.items() if name not in outer}
     return subprocess.run(
-        ["make", *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+        ["make", *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
 
 
 @pytest.fixture
 def machine(tmp_path: Path):
-    """A PATH on which only the given programs answer, each with its text or with exit code 1; runs gpu-ready there."""
+    """Run gpu-ready with a PATH of fake programs, each of which prints a text, or exits with 1 for None."""
 
     def run(**programs: str | None) -> subprocess.CompletedProcess:
         for name in ("bash", "env"):
@@ -38,35 +38,61 @@ def machine(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("programs", "lacks"),
+    ("programs", "message"),
     [
-        ({}, "no NVIDIA driver answers"),
-        ({"nvidia_smi": None}, "no NVIDIA driver answers"),
-        ({"nvidia_smi": "H100"}, "the NVIDIA Container Toolkit is not; install the package nvidia-container-toolkit"),
-        ({"nvidia_smi": "H100", "nvidia_ctk": ""}, "no Docker engine answers"),
-        ({"nvidia_smi": "H100", "nvidia_ctk": "", "docker": None}, "no Docker engine answers"),
+        ({}, "the NVIDIA driver does not respond"),
+        ({"nvidia_smi": None}, "the NVIDIA driver does not respond"),
+        (
+            {"nvidia_smi": "H100"},
+            "the NVIDIA Container Toolkit is not installed; install the package nvidia-container-toolkit",
+        ),
+        ({"nvidia_smi": "H100", "nvidia_ctk": ""}, "the Docker engine does not respond"),
+        ({"nvidia_smi": "H100", "nvidia_ctk": "", "docker": None}, "the Docker engine does not respond"),
         (
             {"nvidia_smi": "H100", "nvidia_ctk": "", "docker": RUNTIMES["without"]},
-            "the Docker engine does not know the toolkit; run: sudo nvidia-ctk runtime configure --runtime=docker",
+            "not configured for the toolkit; run: sudo nvidia-ctk runtime configure --runtime=docker",
         ),
     ],
 )
-def test_what_a_container_lacks_to_use_a_gpu_is_named(machine, programs, lacks):
+def test_the_missing_requirement_for_gpus_in_containers_is_reported(machine, programs, message):
     if Path("/etc/cdi/nvidia.yaml").exists():
-        pytest.skip("this machine hands out its GPUs by CDI")
+        pytest.skip("this machine provides its GPUs through CDI")
     done = machine(**programs)
     assert done.returncode == 1
-    assert lacks in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_machine_whose_gpus_are_ready_is_told_so(machine):
+def test_a_machine_with_working_gpus_is_reported_as_ready(machine):
     done = machine(nvidia_smi="H100", nvidia_ctk="", docker=RUNTIMES["with"])
     assert (done.returncode, done.stdout) == (0, "GPUs in containers: driver, toolkit and engine are ready\n")
 
 
+@pytest.mark.parametrize(("ids", "runtimes", "code"), [("0,2", "with", 0), ("0", "cdi", 0), ("0,2", "cdi", 1)])
+def test_several_gpu_ids_need_the_runtime_of_the_toolkit(tmp_path: Path, ids, runtimes, code):
+    """Compose passes `0,2` as one name; the runtime divides it, CDI knows no such device."""
+    for name, text in {"nvidia-smi": "H100", "nvidia-ctk": "", "docker": RUNTIMES[runtimes]}.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/bash\necho '{text}'\n")
+        (tmp_path / name).chmod(0o755)
+    script = (REPOSITORY / "compose" / "gpu-ready").read_text().replace("/etc/cdi", str(tmp_path))
+    (tmp_path / "nvidia.yaml").touch()
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "GPU_IDS": ids}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert ("set NUM_GPUS instead" in done.stderr) is bool(code)
+
+
+def test_num_gpus_0_reserves_none():
+    done = make("--dry-run", "train", "MODEL=demo", "TRAIN_FILE=rows.jsonl", "NUM_GPUS=0", "WITH=compose")
+    assert "NUM_GPUS= RUN=tuned" in done.stdout
+    assert "gpu-ready" not in done.stdout
+    done = make("--dry-run", "train", "MODEL=demo", "TRAIN_FILE=rows.jsonl", "NUM_GPUS=2", "WITH=compose")
+    assert "NUM_GPUS=2 RUN=tuned" in done.stdout
+    assert "gpu-ready" in done.stdout
+
+
 @pytest.mark.parametrize(
-    ("words", "lacks"),
+    ("arguments", "message"),
     [
         (["serve"], "MODEL is not set: make serve MODEL=..."),
         (["train", "MODEL=x"], "TRAIN_FILE is not set: make train MODEL=... TRAIN_FILE=..."),
@@ -74,16 +100,18 @@ def test_a_machine_whose_gpus_are_ready_is_told_so(machine):
         (["chat"], "MODEL is not set: make chat MODEL=..."),
         (["quantize"], "MODEL is not set: make quantize MODEL=..."),
         (["export"], "CKPT is not set: make export CKPT=..."),
+        (["switch"], "MODEL is not set: make switch MODEL=..."),
+        (["restore"], "BACKUP is not set: make restore BACKUP=..."),
     ],
 )
-def test_what_a_target_needs_is_asked_for_first(words, lacks):
-    done = make(*words)
+def test_a_missing_variable_of_a_target_is_reported_first(arguments, message):
+    done = make(*arguments)
     assert done.returncode == 2
-    assert lacks in done.stderr
+    assert message in done.stderr
     assert done.stdout == ""
 
 
-def test_a_folder_and_a_file_of_this_machine_become_a_mount_and_a_name(toy_native, tmp_path):
+def test_a_local_folder_and_a_local_file_become_a_mount_and_a_name(toy_native, tmp_path):
     rows = tmp_path / "rows.jsonl"
     done = make("--dry-run", "train", "WITH=compose", f"MODEL={toy_native}", f"TRAIN_FILE={rows}", "RUN=mine")
     assert f"FOLDERS_DIR={toy_native.parent} MODEL={toy_native.name}" in done.stdout.replace("/ MODEL", " MODEL")
@@ -92,7 +120,7 @@ def test_a_folder_and_a_file_of_this_machine_become_a_mount_and_a_name(toy_nativ
     assert "--profile train run --rm train" in done.stdout
 
 
-def test_the_first_job_quantises_into_the_asked_type():
+def test_model_init_quantizes_to_the_requested_type():
     done = make("--dry-run", "quantize", "WITH=compose", "MODEL=demo", "TYPE=q8_0")
     assert done.stdout == "MODEL=demo  RUN=tuned QUANTIZE=q8_0 docker compose run --rm model-init\n"
 
@@ -100,17 +128,40 @@ def test_the_first_job_quantises_into_the_asked_type():
 @pytest.mark.parametrize(
     ("type_", "target"), [("q8_0", "output/demo-q8_0.gguf"), ("int8", "output/demo-int8"), ("nf4", "output/demo-nf4")]
 )
-def test_a_type_that_makes_a_folder_gets_the_name_of_one(type_, target):
+def test_the_output_is_a_folder_or_a_gguf_file_depending_on_the_type(type_, target):
     done = make("--dry-run", "quantize", "MODEL=models/demo", f"TYPE={type_}")
     assert f" quantize models/demo {target} --type {type_}" in done.stdout
 
 
-def test_a_checkpoint_is_exported_beside_itself(tmp_path):
+def test_a_checkpoint_is_exported_next_to_itself(tmp_path):
     done = make("--dry-run", "export", f"CKPT={tmp_path}/checkpoint-3", "MODEL=models/demo")
     assert f" export {tmp_path}/checkpoint-3 {tmp_path}/checkpoint-3-export --base models/demo" in done.stdout
 
 
 @pytest.mark.parametrize(("engine", "profile"), [("auto", "cpu"), ("vllm", "gpu"), ("transformers", "gpu-int4")])
-def test_an_engine_has_its_profile(engine, profile):
+def test_an_engine_selects_its_profile(engine, profile):
     done = make("--dry-run", "serve", "WITH=compose", "MODEL=demo", f"ENGINE={engine}")
     assert f"--profile {profile} up" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "answer", "code", "flags"),
+    [
+        ("down", "", 0, ["down --remove-orphans"]),
+        ("remove", "yes\n", 0, ["down --remove-orphans --volumes"]),
+        ("remove", "y\n", 2, []),
+        ("remove", "", 2, []),
+    ],
+)
+def test_volumes_are_deleted_only_after_the_word_yes(target, answer, code, flags, tmp_path):
+    """A program in place of docker records what it is called with."""
+    (tmp_path / "docker").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n')
+    (tmp_path / "docker").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["make", target]
+    options = {"cwd": REPOSITORY, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, input=answer, check=False, **options)
+    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    assert done.returncode == code, done.stderr
+    assert calls == [f"compose --profile * {words}" for words in flags]
+    assert ("Nothing was removed." in done.stdout) == (code == 2)

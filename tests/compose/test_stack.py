@@ -1,4 +1,4 @@
-"""The default stack as a newcomer starts it: API, both pages, a key, and an end that leaves nothing."""
+"""The default stack: API, both pages, an API key, and a complete removal."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 from chat_drivers import DRIVERS
+from containers import PROBE, check_restrictions
 
 from compose import Project
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def stack(make_project: Callable[..., Project]) -> Iterator[Project]:
-    """`docker compose up --wait` with the demo model, and a key for the API and a password for the pages."""
+    """`docker compose up --wait` with the demo model."""
     project = make_project()
     project.compose("up", "--detach", "--wait", "--no-build", seconds=800)
     yield project
@@ -29,37 +30,37 @@ def address(project: Project, port: str) -> str:
     return f"http://127.0.0.1:{project.environment[port]}"
 
 
-def test_the_official_client_gets_the_demos_answer(stack):
+def test_the_openai_client_gets_the_answer_of_the_demo_model(stack):
     with openai.OpenAI(base_url=f"{address(stack, 'API_PORT')}/v1", api_key="none") as client:
         assert [model.id for model in client.models.list()] == ["demo-q4_0"]
         messages = [{"role": "user", "content": "你好"}]
         answer = client.chat.completions.create(model="demo-q4_0", messages=messages, temperature=0)
-        said = answer.choices[0].message.content
-        assert "演示用的小模型" in said
-        pieces = client.chat.completions.create(model="demo-q4_0", messages=messages, temperature=0, stream=True)
-        assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == said
+        text = answer.choices[0].message.content
+        assert "演示用的小模型" in text
+        chunks = client.chat.completions.create(model="demo-q4_0", messages=messages, temperature=0, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
 
 
 @pytest.mark.parametrize(("ui", "port"), [("gradio", "WEB_PORT"), ("streamlit", "WEB_STREAMLIT_PORT")])
-def test_a_visitor_of_a_page_gets_an_answer(stack, new_page, ui, port):
+def test_a_user_of_a_page_gets_an_answer(stack, new_page, ui, port):
     chat = DRIVERS[ui](new_page(), address(stack, port)).open()
     chat.ask("你是谁", re.compile("小模型"))
 
 
-def test_the_first_job_ended_well_and_a_second_one_only_checks(stack):
+def test_model_init_succeeds_and_a_second_run_only_verifies(stack):
     assert stack.exit_code("model-init") == 0
     again = stack.compose("run", "--rm", "model-init")
     assert again.stdout.split() == ["/models/demo", "/models/demo-q4_0.gguf"]
-    assert "as the manifest says" in again.stderr
+    assert "files match the manifest" in again.stderr
     assert "training" not in again.stderr
 
 
-def test_the_metrics_are_those_that_prometheus_asks_for(stack):
+def test_the_api_exposes_metrics(stack):
     text = httpx.get(f"{address(stack, 'API_PORT')}/metrics").text
     assert re.search(r'glm_requests_total\{path="/v1/chat/completions",status="200"\} [1-9]', text)
 
 
-def test_the_containers_write_nowhere_but_where_they_may(stack):
+def test_the_containers_cannot_write_outside_their_mounts(stack):
     for service in ("api", "web"):
         for folder in ("/", "/app", "/models", "/venv"):
             done = stack.compose("exec", service, "touch", f"{folder}/x", check=False)
@@ -67,7 +68,17 @@ def test_the_containers_write_nowhere_but_where_they_may(stack):
         assert stack.compose("exec", service, "id", "-u").stdout.strip() == "10001"
 
 
-def test_a_key_out_of_a_file_is_asked_of_callers_and_known_to_the_pages(stack, tmp_path):
+def test_every_running_container_has_no_capability_and_writes_to_its_mounts_only(stack):
+    services = stack.config()["services"]
+    running = stack.compose("ps", "--services", "--status", "running").stdout.split()
+    assert {"api", "web"} <= set(running)
+    for name in running:
+        mounts = {mount["target"] for mount in services[name].get("volumes", []) if not mount.get("read_only")}
+        memory = {entry.partition(":")[0] for entry in services[name]["tmpfs"]}
+        check_restrictions(stack.compose("exec", name, "python", "-c", PROBE).stdout, mounts | memory)
+
+
+def test_a_key_from_a_file_is_required_by_the_api_and_sent_by_the_pages(stack, tmp_path):
     (tmp_path / "key").write_text("glm-opensesame\n", encoding="utf-8")
     (tmp_path / "key").chmod(0o644)
     locked = Project(stack.name, stack.profiles, **{**stack.environment, "API_KEY_FILE": tmp_path / "key"})
@@ -78,12 +89,12 @@ def test_a_key_out_of_a_file_is_asked_of_callers_and_known_to_the_pages(stack, t
     script = "from entrypoints.settings import Settings; import os; print(bool(Settings.from_env(os.environ).api_key))"
     assert locked.compose("exec", "web-streamlit", "python", "-c", script).stdout.strip() == "True"
     for service in ("api", "web-streamlit"):
-        inspected = locked.compose("ps", "--quiet", service).stdout.strip()
-        shown = subprocess.run(["docker", "inspect", inspected], capture_output=True, text=True, check=True).stdout
-        assert "opensesame" not in shown
+        container = locked.compose("ps", "--quiet", service).stdout.strip()
+        inspected = subprocess.run(["docker", "inspect", container], capture_output=True, text=True, check=True).stdout
+        assert "opensesame" not in inspected
 
 
-def test_a_port_that_is_taken_is_named(stack):
+def test_a_port_that_is_already_in_use_is_reported(stack):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,14 +1,15 @@
-"""The public ADGEN development set through our reading, checking, splitting and scoring."""
+"""The public ADGEN development set: reading, checking, splitting and scoring."""
 
 import jieba
 import pytest
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
-from entrypoints.dataset.checking import check
-from entrypoints.dataset.reading import Columns, examples, read_rows
-from entrypoints.dataset.splitting import DevSet, split
-from entrypoints.scoring import score
+from entrypoints.dataset.columns import Columns
+from entrypoints.dataset.quality import check
+from entrypoints.dataset.reader import examples, read_rows
+from entrypoints.dataset.split import SplitOptions, split
+from entrypoints.evaluation.metrics import score
 
 
 @pytest.fixture
@@ -16,8 +17,8 @@ def adgen(golden):
     return golden / "adgen_dev.json"
 
 
-def test_every_row_is_usable_and_300_answers_hold_a_literal_unk(adgen):
-    """1,070 rows and 300 answers: shared/golden/README.md and proven.md."""
+def test_every_row_is_usable_and_300_answers_contain_a_literal_unk(adgen):
+    """1,070 rows and 300 answers: README.md of the golden folder."""
     report = check(read_rows(adgen), Columns(), None, 512, 512)
     assert (report.rows, report.used, report.skipped) == (1070, 1070, {})
     assert report.columns == {"content": 1070, "summary": 1070}
@@ -25,13 +26,13 @@ def test_every_row_is_usable_and_300_answers_hold_a_literal_unk(adgen):
 
 
 def test_a_split_loses_no_row(adgen):
-    done = split(adgen, "utf-8", DevSet(rows=70))
+    done = split(adgen, "utf-8", SplitOptions(rows=70))
     assert (len(done.train), len(done.dev), done.shared) == (1000, 70, 0)
     assert sorted(row.line for row in done.train + done.dev) == list(range(1, 1071))
 
 
-def test_scores_of_real_texts_equal_the_lines_of_the_fine_tuning_script(adgen, tmp_path):
-    """60 answers, each scored as the prediction of the next row, by the libraries called as the script calls them."""
+def test_scores_of_real_texts_equal_those_of_the_fine_tuning_script(adgen, tmp_path):
+    """60 answers, each scored as the prediction for the next row, with the libraries called as the script does."""
     jieba.setLogLevel(60)
     jieba.dt.tmp_dir = str(tmp_path)
     used, _ = examples(read_rows(adgen)[:61], Columns())

@@ -1,4 +1,4 @@
-"""llama.cpp on the reference's tiny checkpoint: its ids, its tokenizer, its prompts."""
+"""llama.cpp with the tiny checkpoint of the reference data: generated ids, tokenizer, prompts."""
 
 import json
 from collections.abc import Iterator
@@ -9,12 +9,13 @@ import pytest
 import xllamacpp
 from safetensors.torch import load_file
 
-from entrypoints.checkpoint.gguf import GgufCheckpoint, open_gguf
-from entrypoints.checkpoint.gguf_writing import write_gguf
-from entrypoints.engines.llamacpp_engine import LlamaCppEngine
-from entrypoints.engines.transformers_engine import TransformersEngine
-from entrypoints.prompt import CONTROL_TOKENS
-from entrypoints.sampling import Sampling
+from entrypoints.chat_format.sampling import Sampling
+from entrypoints.checkpoint.gguf_reader import GgufCheckpoint, open_gguf
+from entrypoints.engines.llamacpp.engine import LlamaCppEngine
+from entrypoints.engines.options import EngineOptions
+from entrypoints.engines.transformers.engine import TransformersEngine
+from entrypoints.families import CHATGLM3
+from entrypoints.quantization.gguf_writer import write_gguf
 
 PROMPTS = ("short", "multi", "tools")
 
@@ -48,9 +49,9 @@ def lines(file: Path) -> list[dict]:
 
 
 def test_greedy_ids_are_those_of_the_reference(files, expected, golden_native, same_but_for_ties):
-    """In half precision; up to the first two tokens that transformers' own logits hold less than 0.01 apart."""
-    reference = TransformersEngine.load(golden_native, device="cpu", dtype="float32")
-    engine = LlamaCppEngine.load(files["f16"], slots=1, threads=2)
+    """In half precision; up to the first position where the top two logits of transformers differ by less than 0.01."""
+    reference = TransformersEngine.load(golden_native, EngineOptions(device="cpu", dtype="float32"))
+    engine = LlamaCppEngine.load(files["f16"], EngineOptions(slots=1, threads=2))
     sampling = Sampling(max_new_tokens=24, temperature=0)
     for name in PROMPTS:
         prompt, greedy = expected[f"{name}.input_ids"][0].tolist(), expected[f"{name}.greedy"][0].tolist()
@@ -59,8 +60,8 @@ def test_greedy_ids_are_those_of_the_reference(files, expected, golden_native, s
 
 
 @pytest.mark.parametrize("type_", ["q8_0", "q4_0"])
-def test_quantised_files_answer_every_prompt(type_, files, expected):
-    engine = LlamaCppEngine.load(files[type_], slots=3, threads=2)
+def test_quantized_files_answer_every_prompt(type_, files, expected):
+    engine = LlamaCppEngine.load(files[type_], EngineOptions(slots=3, threads=2))
     prompts = [expected[f"{name}.input_ids"][0].tolist() for name in PROMPTS]
     answers = engine.generate_batch(prompts, Sampling(max_new_tokens=24, temperature=0))
     assert [len(answer) for answer in answers] == [24, 24, 24]
@@ -82,7 +83,7 @@ def test_the_prompt_format_of_the_file_gives_the_references_prompts(checkpoint, 
 
 @pytest.fixture(scope="module")
 def stock(files, folder) -> Iterator[httpx2.Client]:
-    """llama.cpp's own server, as others run it: its tokenizer and its rendering of the chat template."""
+    """llama.cpp's own server: its tokenizer and its rendering of the chat template."""
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.verbosity = str(files["f16"]), 512, 0
     params.hostnames = [str(folder / "stock.sock")]
@@ -93,7 +94,7 @@ def stock(files, folder) -> Iterator[httpx2.Client]:
 
 
 def test_stock_llama_cpp_tokenizes_as_the_reference(stock, golden):
-    """A third of the rows; all 3,453 did when this was written."""
+    """A third of the rows; all 3,453 were equal when this test was written."""
     rows = lines(golden / "text_ids.jsonl")[::3]
     assert len(rows) == 1151
     for row in rows:
@@ -102,12 +103,12 @@ def test_stock_llama_cpp_tokenizes_as_the_reference(stock, golden):
 
 
 def test_stock_llama_cpp_renders_the_references_prompts(stock, golden):
-    """But for tools inside a turn, which it drops, and for control letters in a text, which the template refuses."""
+    """Except tools inside a message, which it drops, and names of special tokens, which the template rejects."""
     same = 0
     for row in lines(golden / "chat_ids.jsonl"):
         texts = json.dumps(row["messages"], ensure_ascii=False)
         rendered = stock.post("/apply-template", json={"messages": row["messages"]})
-        if any(name in texts for name in CONTROL_TOKENS):
+        if any(name in texts for name in CHATGLM3.special_tokens):
             assert rendered.status_code == 400
         elif not any(message.get("tools") for message in row["messages"]):
             content = {"content": rendered.json()["prompt"], "parse_special": True}

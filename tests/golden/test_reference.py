@@ -1,4 +1,4 @@
-"""Our texts, prompts and rows against what the reference code computes; see README.md of the golden folder."""
+"""Texts, prompts and training rows compared with the reference code; see README.md of the golden folder."""
 
 import json
 
@@ -6,9 +6,10 @@ import jinja2
 import pytest
 import transformers
 
-from entrypoints.answer import decode
+from entrypoints.chat_format.answer_parser import decode
+from entrypoints.chat_format.prompt import IGNORE_INDEX, Message, PromptFormat, as_messages
 from entrypoints.checkpoint.tokenizer import load_tokenizer
-from entrypoints.prompt import CONTROL_TOKENS, IGNORED, Message, PromptFormat, as_messages
+from entrypoints.families import CHATGLM3
 
 FORMAT, ROUND = PromptFormat(), PromptFormat("round")
 SYSTEM = (
@@ -31,7 +32,7 @@ def tokenizer(golden_native):
 
 @pytest.fixture(scope="module")
 def other_program(golden_native):
-    """How a program that is not ours loads the folder."""
+    """The tokenizer as another program loads it."""
     return transformers.AutoTokenizer.from_pretrained(golden_native, local_files_only=True)
 
 
@@ -41,13 +42,13 @@ def rows(file, count):
     return found
 
 
-def spells_a_special_token(text):
-    return any(token in text for token in (*CONTROL_TOKENS, "</s>", "<unk>"))
+def contains_a_special_token_name(text):
+    return any(token in text for token in (*CHATGLM3.special_tokens, "</s>", "<unk>"))
 
 
-def test_the_constants_are_those_that_users_and_issues_name(tokenizer):
+def test_the_ids_are_those_that_public_issues_name(tokenizer):
     """ChatGLM2-6B#173, ChatGLM3#127, FastChat#2845."""
-    assert [tokenizer.control(name) for name in CONTROL_TOKENS] == list(range(64789, 64798))
+    assert [tokenizer.special_token_id(name) for name in CHATGLM3.special_tokens] == list(range(64789, 64798))
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (2, 0, (2, 64795, 64797))
     assert tokenizer.size == 64798
     assert tokenizer.encode("\n") == [30910, 13]
@@ -65,7 +66,7 @@ def test_the_prompt_of_issue_127_has_its_ids(tokenizer):
 
 
 def test_ids_without_text_decode_to_nothing(tokenizer):
-    """google/sentencepiece#774 and others: rows 64798..65023 have no piece, labels hold -100."""
+    """Ids 64798 to 65023 have no piece, and labels contain -100."""
     assert decode([36474, 54591, 65000, -100, 2], tokenizer) == "你好"
 
 
@@ -80,8 +81,8 @@ def test_all_ids_have_the_reference_text(golden, tokenizer):
 
 
 def test_plain_transformers_gives_all_texts_the_reference_ids(golden, other_program):
-    """6 texts spell a control, end or unknown token, which plain transformers reads as the token."""
-    texts = [row for row in rows(golden / "text_ids.jsonl", 3453) if not spells_a_special_token(row["text"])]
+    """6 texts contain the name of a special token, which plain transformers encodes as that token."""
+    texts = [row for row in rows(golden / "text_ids.jsonl", 3453) if not contains_a_special_token_name(row["text"])]
     assert len(texts) == 3447
     wrong = [
         row["text"] for row in texts if other_program(row["text"], add_special_tokens=False).input_ids != row["ids"]
@@ -94,17 +95,17 @@ def test_all_conversations_have_the_reference_ids(golden, tokenizer):
     assert [chat["messages"] for chat in chats if FORMAT.encode(chat["messages"], tokenizer) != chat["ids"]] == []
 
 
-def test_the_chat_template_gives_the_reference_ids_or_refuses_control_tokens_in_letters(golden, other_program):
-    refused = 0
+def test_the_chat_template_gives_the_reference_ids_or_rejects_names_of_special_tokens(golden, other_program):
+    rejected = 0
     for chat in rows(golden / "chat_ids.jsonl", 44):
-        ask = {"add_generation_prompt": True, "return_dict": False}
-        if spells_a_special_token("".join(turn["content"] for turn in chat["messages"])):
-            refused += 1
-            with pytest.raises(jinja2.TemplateError, match="letters of a control token"):
-                other_program.apply_chat_template(chat["messages"], **ask)
+        options = {"add_generation_prompt": True, "return_dict": False}
+        if contains_a_special_token_name("".join(turn["content"] for turn in chat["messages"])):
+            rejected += 1
+            with pytest.raises(jinja2.TemplateError, match="contains the text of a special token"):
+                other_program.apply_chat_template(chat["messages"], **options)
         else:
-            assert other_program.apply_chat_template(chat["messages"], **ask) == chat["ids"]
-    assert refused == 2
+            assert other_program.apply_chat_template(chat["messages"], **options) == chat["ids"]
+    assert rejected == 2
 
 
 def turns_of(row):
@@ -114,39 +115,39 @@ def turns_of(row):
 def expected(row):
     """Ids and labels as the tutorial's main.py joins them: prompt, answer, end id."""
     answer = [*row["answer_ids_uncut"], 2]
-    return row["prompt_ids_uncut"] + answer, [IGNORED] * len(row["prompt_ids_uncut"]) + answer
+    return row["prompt_ids_uncut"] + answer, [IGNORE_INDEX] * len(row["prompt_ids_uncut"]) + answer
 
 
 def test_all_rounds_have_the_reference_ids_and_labels_uncut(golden, tokenizer):
     for row in rows(golden / "round_ids.jsonl", 120):
         turns = turns_of(row)
         assert ROUND.encode(turns[:-1], tokenizer) == row["prompt_ids_uncut"]
-        whole = ROUND.encode_for_training(turns, tokenizer, 10_000, 10_000)
-        assert (whole.ids, whole.labels) == expected(row)
+        row_encoded = ROUND.encode_for_training(turns, tokenizer, 10_000, 10_000)
+        assert (row_encoded.ids, row_encoded.labels) == expected(row)
 
 
-def test_rows_within_the_tutorials_limits_have_its_ids_and_labels(golden, tokenizer):
+def test_rows_within_the_limits_of_the_tutorial_have_its_ids_and_labels(golden, tokenizer):
     kept = [row for row in rows(golden / "round_ids.jsonl", 120) if not row["reference_cuts"]]
     assert len(kept) == 72
     for row in kept:
         limits = row["max_source_length"], row["max_target_length"]
         found = ROUND.encode_for_training(turns_of(row), tokenizer, *limits)
         assert (found.ids, found.labels) == expected(row)
-        assert (found.source_cut, found.target_cut) == (False, False)
+        assert (found.source_truncated, found.target_truncated) == (False, False)
 
 
-def test_rows_beyond_the_tutorials_limits_keep_frame_and_end(golden, tokenizer):
-    """Where the tutorial cuts, it loses the cue or the end of the answer; we keep both, within the same limits."""
+def test_rows_beyond_the_limits_of_the_tutorial_keep_the_prompt_frame_and_the_end(golden, tokenizer):
+    """Truncation in the tutorial loses the cue or the end of the answer; here both are kept, within the same limits."""
     cut = [row for row in rows(golden / "round_ids.jsonl", 120) if row["reference_cuts"]]
     assert len(cut) == 48
     for row in cut:
         limits = row["max_source_length"], row["max_target_length"]
         found = ROUND.encode_for_training(turns_of(row), tokenizer, *limits)
-        taught = [label for label in found.labels if label != IGNORED]
-        prompt = found.ids[: -len(taught)]
-        assert found.source_cut or found.target_cut
+        learned = [label for label in found.labels if label != IGNORE_INDEX]
+        prompt = found.ids[: -len(learned)]
+        assert found.source_truncated or found.target_truncated
         assert len(prompt) <= row["max_source_length"]
-        assert len(taught) <= row["max_target_length"] + 1
+        assert len(learned) <= row["max_target_length"] + 1
         assert prompt[:2] == [64790, 64792]
         assert decode(prompt, tokenizer).endswith("\n\n答：")
-        assert taught[-1] == 2
+        assert learned[-1] == 2

@@ -1,4 +1,4 @@
-"""What the files of the images promise, read without an engine."""
+"""Dockerfile, pins and lock files, checked without building (one test needs a Docker engine)."""
 
 import re
 import shutil
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from containers import IMAGES, REPOSITORY
+from containers import DOCKERFILE, IMAGES, REPOSITORY
 
 FOLDER = REPOSITORY / "images"
 LOCKS = sorted((FOLDER / "requirements").glob("*.lock"))
@@ -23,44 +23,50 @@ def versions(lock):
     return dict(PACKAGE.findall(lock.read_text()))
 
 
-def test_there_are_four_images_each_with_a_readme():
-    assert tuple(sorted(file.parent.name for file in FOLDER.glob("*/Dockerfile"))) == IMAGES
-    assert all((FOLDER / name / "README.md").is_file() for name in IMAGES)
+def test_the_dockerfile_has_a_target_for_each_of_the_four_images_and_both_readmes_describe_them():
+    named = subprocess.run([FOLDER / "scripts/names"], capture_output=True, text=True, check=True).stdout.split()
+    assert tuple(sorted(named)) == IMAGES
+    contents = (FOLDER / "scripts/contents").read_text()
+    assert all(re.search(rf"^  {name}\)$", contents, re.MULTILINE) for name in IMAGES)
+    for readme in ("README.md", "README.zh-CN.md"):
+        assert all(f"## {name}\n" in (FOLDER / readme).read_text(encoding="utf-8") for name in IMAGES), readme
 
 
-@pytest.mark.parametrize("name", IMAGES)
-def test_the_base_image_of_a_dockerfile_is_the_pinned_one(name):
-    text = (FOLDER / name / "Dockerfile").read_text()
+def test_the_base_image_of_the_dockerfile_is_the_pinned_one():
+    text = DOCKERFILE.read_text()
     digest = pins()["BASE_DIGEST"]
     expected = pins()["BASE_IMAGE"] + (f"@{digest}" if digest else "")
     assert re.findall(r"^ARG BASE_IMAGE=(.*)$", text, re.MULTILINE) == [expected]
-    assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) == {"scratch", "${BASE_IMAGE}", "packages"}
+    stages = set(re.findall(r"^FROM .+ AS (\S+)$", text, re.MULTILINE))
+    assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) - stages == {"scratch", "${BASE_IMAGE}"}
+    assert "# syntax=" not in text  # it would fetch another image
 
 
-@pytest.mark.parametrize("name", IMAGES)
-def test_the_linter_finds_nothing_in_a_dockerfile(name):
-    linter = Path(sys.executable).with_name("hadolint")
-    done = subprocess.run([linter, FOLDER / name / "Dockerfile"], capture_output=True, text=True)
+def test_hadolint_reports_nothing():
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_every_package_of_every_lock_has_hashes():
+def test_every_locked_package_has_hashes():
     assert len(LOCKS) >= 9
     for lock in LOCKS:
-        named = re.findall(r"^[a-z0-9]\S*==", lock.read_text(), re.MULTILINE)
-        assert len(named) == len(PACKAGE.findall(lock.read_text())) >= 1, lock.name
+        packages = re.findall(r"^[a-z0-9]\S*==", lock.read_text(), re.MULTILINE)
+        assert len(packages) == len(PACKAGE.findall(lock.read_text())) >= 1, lock.name
 
 
 def test_the_images_have_the_versions_that_the_tests_run_with():
-    """vLLM pins older ones of some packages, so its images stand apart."""
+    """Except infer-cuda with vLLM, which pins older versions of some packages."""
     tested = versions(FOLDER / "requirements/dev.lock")
     for name in ("infer-cpu", "infer-quantized", "train-cuda", "infer-cuda-cu126"):
-        here = versions(FOLDER / f"requirements/{name}.lock")
-        assert len(here) > 30
-        assert {package: version for package, version in here.items() if tested.get(package, version) != version} == {}
+        locked = versions(FOLDER / f"requirements/{name}.lock")
+        assert len(locked) > 30
+        assert {
+            package: version for package, version in locked.items() if tested.get(package, version) != version
+        } == {}
 
 
-def test_torch_has_one_version_in_all_flavours():
+def test_torch_has_one_version_in_all_flavors():
     assert {versions(lock)["torch"] for lock in LOCKS if lock.name.startswith("torch-")} == {"2.13.0"}
 
 
@@ -70,29 +76,59 @@ def test_the_quantized_image_has_neither_torch_nor_transformers():
     )
 
 
-def test_no_package_stands_in_both_locks_of_the_vllm_image():
-    ours, torch = (versions(FOLDER / f"requirements/{name}.lock") for name in ("infer-cuda-cuda", "torch-cuda"))
-    assert "vllm" in ours
-    assert not set(ours) & set(torch)
+def test_the_two_lock_files_of_the_vllm_image_have_no_common_package():
+    vllm, torch = (versions(FOLDER / f"requirements/{name}.lock") for name in ("infer-cuda-cuda", "torch-cuda"))
+    assert "vllm" in vllm
+    assert not set(vllm) & set(torch)
+
+
+def test_the_vllm_image_has_one_version_of_the_cuda_bindings():
+    """Below version 13, cuda-python contains the bindings itself, in the files of cuda-bindings, which torch needs."""
+    vllm, torch = (versions(FOLDER / f"requirements/{name}.lock") for name in ("infer-cuda-cuda", "torch-cuda"))
+    bindings = torch["cuda-bindings"].split(".")[0]
+    assert vllm.get("cuda-python", bindings).split(".")[0] == bindings
+
+
+@pytest.mark.parametrize(("has_headers", "added"), [(True, []), (False, ["python3-dev"])])
+def test_the_vllm_image_can_compile_what_triton_compiles(tmp_path, has_headers, added):
+    """Triton compiles C code that includes Python.h, which the python of Debian comes without."""
+    python = tmp_path / "python3"
+    python.write_text(f"#!/bin/sh\necho {tmp_path}\n")
+    python.chmod(0o755)
+    if has_headers:
+        (tmp_path / "Python.h").touch()
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "IMAGE": "infer-cuda"}
+    command = f"source {FOLDER}/scripts/contents && echo ${{debian[@]}}"
+    done = subprocess.run(["bash", "-euc", command], env=env, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"gcc", "libc6-dev", "libnuma1", "tini", *added}
 
 
 @pytest.mark.timeout(300)
-def test_a_gigabyte_of_weights_stays_out_of_the_build_context(engine, tmp_path):
-    """J7."""
+def test_weights_in_the_repository_are_not_sent_to_the_engine(engine, tmp_path):
+    """Otherwise every build would copy gigabytes."""
     models = REPOSITORY / "models"
     existed = models.is_dir()
     models.mkdir(exist_ok=True)
-    dummy = models / "dummy-of-a-test.safetensors"
+    weights = models / "dummy-of-a-test.safetensors"
     recipe = tmp_path / "Dockerfile"
     recipe.write_text("FROM scratch\nCOPY . /\n")
     try:
-        with dummy.open("wb") as file:
+        with weights.open("wb") as file:
             file.truncate(1 << 30)
-        words = ["docker", "build", "--quiet", "--file", recipe, "--output", f"type=local,dest={tmp_path}/context", "."]
+        command = [
+            "docker",
+            "build",
+            "--quiet",
+            "--file",
+            recipe,
+            "--output",
+            f"type=local,dest={tmp_path}/context",
+            ".",
+        ]
         shutil.copy(REPOSITORY / ".dockerignore", f"{recipe}.dockerignore")
-        subprocess.run(words, cwd=REPOSITORY, check=True, capture_output=True, timeout=240)
+        subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=240)
     finally:
-        dummy.unlink()
+        weights.unlink()
         if not existed:
             models.rmdir()
     files = [file for file in (tmp_path / "context").rglob("*") if file.is_file()]
@@ -103,9 +139,10 @@ def test_a_gigabyte_of_weights_stays_out_of_the_build_context(engine, tmp_path):
 
 
 @pytest.mark.parametrize("cpu", ["native AVX512", "-march=native", "AVX512;rm"])
-def test_a_processor_to_compile_for_that_cannot_be_is_refused_before_anything_is_fetched(cpu, tmp_path):
-    words = [FOLDER / "scripts/llamacpp", "install", FOLDER / "requirements/dev.lock", sys.executable, cpu]
-    done = subprocess.run(words, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)})
+def test_an_invalid_cpu_to_compile_for_is_rejected_before_anything_is_downloaded(cpu, tmp_path):
+    command = [FOLDER / "scripts/llamacpp", "install", FOLDER / "requirements/dev.lock", sys.executable, cpu]
+    environment = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"LLAMACPP_CPU={cpu}: expected native, or switches such as AVX512 AVX512_VNNI\n"
+    assert done.stderr == f"LLAMACPP_CPU={cpu}: expected native, or options such as AVX512 AVX512_VNNI\n"
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The health check that every image runs inside itself. Trap J4."""
+"""The health check of the images: a lost GPU ends the container, so that the restart policy starts it again."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ from containers import REPOSITORY
 
 @pytest.fixture
 def health():
-    specification = importlib.util.spec_from_file_location("health", REPOSITORY / "images/scripts/health.py")
+    specification = importlib.util.spec_from_file_location("health", REPOSITORY / "images/health.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
@@ -27,7 +27,7 @@ def server():
             self.send_response(200 if self.path == "/ready" else 503)
             self.end_headers()
 
-        def log_message(self, *words):
+        def log_message(self, *arguments):
             pass
 
     served = HTTPServer(("127.0.0.1", 0), Handler)
@@ -44,30 +44,30 @@ def test_a_ready_server_is_healthy(health, server, capsys):
     assert capsys.readouterr().out == "ready\n"
 
 
-def test_a_server_that_loads_is_not_healthy_and_the_answer_is_told(health, server, capsys):
+def test_a_loading_server_is_unhealthy_and_its_status_is_printed(health, server, capsys):
     assert health.main([f"{server}/loading"]) == 1
     assert "503" in capsys.readouterr().out
 
 
-def test_without_a_server_nothing_is_healthy(health):
+def test_a_container_without_a_server_is_unhealthy(health):
     assert health.main(["http://127.0.0.1:1/ready"]) == 1
 
 
-def test_a_job_without_a_server_is_healthy_while_its_gpus_are_there(health):
+def test_with_no_server_expected_a_container_is_healthy_while_its_gpus_can_be_opened(health):
     assert health.main(["--no-server"]) == 0
 
 
-def test_gpus_that_can_no_longer_be_opened_are_lost_and_others_are_not(health, tmp_path):
+def test_only_gpu_devices_that_cannot_be_opened_are_lost(health, tmp_path):
     (tmp_path / "nvidia0").write_text("")
-    (tmp_path / "nvidia1").mkdir()  # nobody can open a folder for writing
+    (tmp_path / "nvidia1").mkdir()  # a folder cannot be opened for writing
     (tmp_path / "nvidiactl").mkdir()
     assert health.lost_gpus(tmp_path) == ["nvidia1"]
 
 
-def test_a_lost_gpu_ends_the_first_process_so_that_the_container_starts_anew(health, monkeypatch, capsys):
-    told = []
+def test_a_lost_gpu_terminates_the_first_process_of_the_container(health, monkeypatch, capsys):
+    signals = []
     monkeypatch.setattr(health, "lost_gpus", lambda: ["nvidia1"])
-    monkeypatch.setattr(os, "kill", lambda process, number: told.append((process, number)))
+    monkeypatch.setattr(os, "kill", lambda process, number: signals.append((process, number)))
     assert health.main(["--no-server"]) == 1
-    assert told == [(1, signal.SIGTERM)]
+    assert signals == [(1, signal.SIGTERM)]
     assert "nvidia1" in capsys.readouterr().out

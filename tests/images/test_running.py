@@ -1,4 +1,4 @@
-"""The images at work, confined as the manifests confine them. Traps J3, J5 and J6."""
+"""Containers of the images under the restrictions of the manifests: no network, read-only root, any user id."""
 
 import json
 import re
@@ -6,17 +6,17 @@ import subprocess
 import time
 
 import pytest
-from containers import CONFINED, IMAGES, image_of, wait_until
+from containers import CONFINED, IMAGES, PROBE, check_restrictions, image_of, wait_until
 
-from entrypoints.engines.llamacpp_build import NEWER
-from entrypoints.engines.machine import processor_flags
+from entrypoints.engines.llamacpp.cpu_features import OPTIONAL_CPU_FLAGS
+from entrypoints.hardware.resources import cpu_flags
 
 SERVERS = [
-    ("infer-quantized", "toy-q4_0.gguf", ()),
-    ("infer-cpu", "toy", ()),
-    ("infer-cpu", "toy-q4_0.gguf", ()),
-    ("infer-cuda", "toy", ("--engine", "transformers")),
-    ("infer-cuda", "toy", ("--engine", "vllm")),
+    ("infer-quantized", "tiny-q4_0.gguf", ()),
+    ("infer-cpu", "tiny", ()),
+    ("infer-cpu", "tiny-q4_0.gguf", ()),
+    ("infer-cuda", "tiny", ("--engine", "transformers")),
+    ("infer-cuda", "tiny", ("--engine", "vllm")),
 ]
 ASK = """
 import json, urllib.request
@@ -46,17 +46,17 @@ def health(container):
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("name", "model", "flags"), SERVERS)
-def test_a_server_without_network_turns_healthy_answers_and_ends_on_sigterm(name, model, flags, models, start):
-    words = ("serve", "--host", "0.0.0.0", "--model", f"/models/{model}", *flags)
+def test_a_server_without_network_becomes_healthy_answers_and_exits_on_sigterm(name, model, flags, models, start):
+    arguments = ("serve", "--host", "0.0.0.0", "--model", f"/models/{model}", *flags)
     mounts = {str(models): {"bind": "/models", "mode": "ro"}}
-    container = start(name, *words, volumes=mounts, environment={"API_KEY": "sesame"}, shm_size="1g", **CONFINED)
+    container = start(name, *arguments, volumes=mounts, environment={"API_KEY": "sesame"}, shm_size="1g", **CONFINED)
     wait_until(lambda: health(container) == "healthy", 900, lambda: container.logs().decode())
-    code, said = container.exec_run(["python", "-c", ASK])
-    assert code == 0, said.decode()
-    assert json.loads(said)["choices"][0]["message"]["role"] == "assistant"
-    begun = time.monotonic()
+    code, output = container.exec_run(["python", "-c", ASK])
+    assert code == 0, output.decode()
+    assert json.loads(output)["choices"][0]["message"]["role"] == "assistant"
+    started = time.monotonic()
     container.stop(timeout=60)
-    assert time.monotonic() - begun < 50  # it ended by itself, not by SIGKILL after the 60 s
+    assert time.monotonic() - started < 50  # it exited by itself, before Docker sends SIGKILL after 60 s
     container.reload()
     assert container.attrs["State"]["ExitCode"] == 0
     log = container.logs().decode()
@@ -65,58 +65,65 @@ def test_a_server_without_network_turns_healthy_answers_and_ends_on_sigterm(name
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_any_user_may_write_to_the_declared_places_and_nowhere_else(name, finish):
-    code, said = finish(name, "-c", WRITE, entrypoint="python", **CONFINED)
-    assert code == 0, said
-    lines = said.splitlines()
+def test_any_user_can_write_to_the_declared_folders_and_nowhere_else(name, finish):
+    code, output = finish(name, "-c", WRITE, entrypoint="python", **CONFINED)
+    assert code == 0, output
+    lines = output.splitlines()
     assert lines[:-1] == [f"{folder} {READ_ONLY}" for folder in ("/", "/app", "/venv", "/models", "/outputs")]
     assert lines[-1] == "glm 12345"
 
 
 @pytest.mark.parametrize("name", IMAGES)
+def test_a_process_of_the_image_has_no_capability_and_gains_none(name, finish):
+    code, output = finish(name, "-c", PROBE, entrypoint="python", **CONFINED)
+    assert code == 0, output
+    check_restrictions(output, {"/tmp", "/home/glm"})
+
+
+@pytest.mark.parametrize("name", IMAGES)
 def test_the_doctor_runs_inside(name, finish):
-    code, said = finish(name, "doctor", **CONFINED)
-    assert code == 0, said
-    assert re.search(r"^python +3\.11\.", said, re.MULTILINE)
-    assert ("torch            missing" in said) == (name == "infer-quantized")
+    code, output = finish(name, "doctor", **CONFINED)
+    assert code == 0, output
+    assert re.search(r"^python +3\.11\.", output, re.MULTILINE)
+    assert ("torch            missing" in output) == (name == "infer-quantized")
 
 
 @pytest.mark.parametrize("name", ["infer-cpu", "infer-quantized"])
-def test_the_label_tells_which_build_of_llama_cpp_is_inside(name, engine, finish):
-    """Compiled for this machine it leaves nothing of its processor unused."""
+def test_the_label_identifies_the_build_of_llama_cpp(name, engine, finish):
+    """A build for this machine uses all instruction sets of its CPU."""
     build = image_of(engine, name).labels["glm.llamacpp-cpu"]
-    _, said = finish(name, "doctor", **CONFINED)
+    _, output = finish(name, "doctor", **CONFINED)
     line = r"^llama\.cpp +(?:all GGUF types of glm quantize|runs GGUF files; .+?)(; faster with .+)?$"
-    faster = re.search(line, said, re.MULTILINE)[1]
-    assert bool(faster) == bool(build == "published" and processor_flags() & set(NEWER.values()))
-    assert build in ("published", "native"), "built for another processor than this one's"
+    faster = re.search(line, output, re.MULTILINE)[1]
+    assert bool(faster) == bool(build == "published" and cpu_flags() & set(OPTIONAL_CPU_FLAGS.values()))
+    assert build in ("published", "native"), "built for another CPU"
 
 
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize(
-    ("words", "variables", "told"),
+    ("arguments", "variables", "message"),
     [
         (("serve", "--host", "0.0.0.0"), {"LOG_FORMAT": "xml"}, "LOG_FORMAT=xml"),
         (("serve",), {}, "set MODEL_PATH"),
         (("serve", "--model", "/models/none"), {}, "/models/none"),
-        (("serve", "--host", "0.0.0.0", "--model", "/models/toy"), {}, "--insecure-no-auth"),
+        (("serve", "--host", "0.0.0.0", "--model", "/models/tiny"), {}, "--insecure-no-auth"),
     ],
     ids=["setting", "no-model", "wrong-model", "no-key"],
 )
-def test_a_mistake_is_one_line_and_exit_code_1(name, words, variables, told, models, finish):
+def test_a_user_error_is_one_line_and_exit_code_1(name, arguments, variables, message, models, finish):
     mounts = {str(models): {"bind": "/models", "mode": "ro"}}
-    if name == "infer-quantized":  # it has llama.cpp alone, so the model is a file
-        words = [f"{word}.gguf" if word.startswith("/models/") else word for word in words]
-    code, said = finish(name, *words, environment=variables, volumes=mounts, **CONFINED)
-    assert code == 1, said
-    assert len(said.splitlines()) == 1
-    assert said.startswith("glm: ")
-    assert told in said
+    if name == "infer-quantized":  # only llama.cpp, so the model is a GGUF file
+        arguments = [f"{each}.gguf" if each.startswith("/models/") else each for each in arguments]
+    code, output = finish(name, *arguments, environment=variables, volumes=mounts, **CONFINED)
+    assert code == 1, output
+    assert len(output.splitlines()) == 1
+    assert output.startswith("glm: ")
+    assert message in output
 
 
 @pytest.fixture
 def rows(tmp_path, sample_rows):
-    """The bundled ad copy, for a container."""
+    """The bundled training data, readable in a container."""
     folder = tmp_path / "data"
     folder.mkdir()
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in sample_rows)
@@ -126,15 +133,15 @@ def rows(tmp_path, sample_rows):
 
 
 def training(models, rows, outputs, *more):
-    """Words and mounts of a small run."""
-    words = ("train", "--model-name-or-path", "/models/toy", "--train-file", "/data/train.jsonl")
-    words += ("--prompt-column", "content", "--response-column", "summary", "--output-dir", "/outputs/run", *more)
+    """Arguments and options of a small training run."""
+    arguments = ("train", "--model-name-or-path", "/models/tiny", "--train-file", "/data/train.jsonl")
+    arguments += ("--prompt-column", "content", "--response-column", "summary", "--output-dir", "/outputs/run", *more)
     mounts = {
         str(models): {"bind": "/models", "mode": "ro"},
         str(rows): {"bind": "/data", "mode": "ro"},
         str(outputs): {"bind": "/outputs", "mode": "rw"},
     }
-    return words, {"volumes": mounts, **CONFINED}
+    return arguments, {"volumes": mounts, **CONFINED}
 
 
 @pytest.fixture
@@ -147,27 +154,29 @@ def outputs(tmp_path):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["train-cuda", "infer-cpu"])
-def test_a_small_run_trains_and_writes_a_whole_checkpoint(name, models, rows, outputs, finish):
-    words, options = training(models, rows, outputs, "--max-steps", "2", "--per-device-train-batch-size", "2")
-    code, said = finish(name, *words, seconds=600, **options)
-    assert code == 0, said
+def test_a_small_run_writes_a_complete_checkpoint(name, models, rows, outputs, finish):
+    arguments, options = training(models, rows, outputs, "--max-steps", "2", "--per-device-train-batch-size", "2")
+    code, output = finish(name, *arguments, seconds=600, **options)
+    assert code == 0, output
     assert {"model.safetensors", "manifest.json"} <= {file.name for file in (outputs / "run").iterdir()}
 
 
 @pytest.mark.timeout(900)
 def test_two_processes_of_deepspeed_train_in_one_container(models, rows, outputs, finish):
     flags = ("--num-processes", "2", "--deepspeed", "zero2", "--max-steps", "2", "--per-device-train-batch-size", "2")
-    words, options = training(models, rows, outputs, *flags)
-    code, said = finish("train-cuda", *words, seconds=800, shm_size="1g", **options)
-    assert code == 0, said
+    arguments, options = training(models, rows, outputs, *flags)
+    code, output = finish("train-cuda", *arguments, seconds=800, shm_size="1g", **options)
+    assert code == 0, output
     assert (outputs / "run" / "model.safetensors").is_file()
 
 
 @pytest.mark.timeout(900)
-def test_docker_stop_saves_a_checkpoint_before_training_ends(models, rows, outputs, start):
-    """J6."""
-    words, options = training(models, rows, outputs, "--max-steps", "100000", "--logging-steps", "1")
-    container = start("train-cuda", *words, **options)
+def test_docker_stop_saves_a_checkpoint_before_training_exits(models, rows, outputs, start):
+    """Otherwise a stop would lose the work since the last checkpoint."""
+    arguments, options = training(
+        models, rows, outputs, "--max-steps", "100000", "--save-steps", "50000", "--logging-steps", "1"
+    )
+    container = start("train-cuda", *arguments, **options)
     wait_until(lambda: "loss" in container.logs().decode(), 400, lambda: container.logs().decode())
     container.stop(timeout=120)
     container.reload()
@@ -176,19 +185,19 @@ def test_docker_stop_saves_a_checkpoint_before_training_ends(models, rows, outpu
     assert len(saved) == 1
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_line_before_anything_slow(models, rows, outputs, finish):
+def test_an_output_folder_without_write_permission_is_one_line_before_training_starts(models, rows, outputs, finish):
     outputs.chmod(0o555)
-    words, options = training(models, rows, outputs)
-    code, said = finish("train-cuda", *words, **options)
-    assert code == 1, said
-    assert said.splitlines()[-1].startswith("glm: ")
-    assert "/outputs/run" in said.splitlines()[-1]
-    assert "Traceback" not in said
+    arguments, options = training(models, rows, outputs)
+    code, output = finish("train-cuda", *arguments, **options)
+    assert code == 1, output
+    assert output.splitlines()[-1].startswith("glm: ")
+    assert "/outputs/run" in output.splitlines()[-1]
+    assert "Traceback" not in output
 
 
-def test_shared_memory_too_small_for_many_processes_is_told_with_the_flag(models, rows, outputs, finish):
-    """J3."""
-    words, options = training(models, rows, outputs, "--num-processes", "8")
-    code, said = finish("train-cuda", *words, shm_size="1m", **options)
-    assert code == 1, said
-    assert "--shm-size" in said
+def test_too_little_shared_memory_is_reported_with_the_flag_that_raises_it(models, rows, outputs, finish):
+    """Processes of one host communicate through shared memory, of which Docker gives 64 MB by default."""
+    arguments, options = training(models, rows, outputs, "--num-processes", "8")
+    code, output = finish("train-cuda", *arguments, shm_size="1m", **options)
+    assert code == 1, output
+    assert "--shm-size" in output

@@ -1,36 +1,34 @@
-"""Overlays that use the components which no overlay of ours has."""
+"""Renderings of the components that no overlay uses."""
 
 from collections.abc import Callable
 
 import pytest
-import yaml
-from manifest_uses import SETTINGS, USES
-from manifests import OVERLAYS, composed, objects, pods
+from manifest_uses import SETTINGS, STORAGE, USES
+from manifests import OVERLAYS, objects, parse, pods, render
 
 
 @pytest.fixture(scope="session")
 def used() -> Callable[[str], list[dict]]:
-    """The objects of an overlay that uses a component as its README says."""
+    """The objects of an example overlay with the component (manifest_uses)."""
     rendered: dict[str, list[dict]] = {}
 
-    def render(name: str) -> list[dict]:
+    def render_use(name: str) -> list[dict]:
         if name not in rendered:
             resources, components = USES[name]
             components = [*components, *(() if "cpu-nodes" in components else ("cpu-nodes",)), "images"]
-            done = composed(resources, components, SETTINGS)
+            done = render([*STORAGE, *resources], components, SETTINGS)
             assert done.returncode == 0, done.stderr
-            rendered[name] = list(yaml.safe_load_all(done.stdout))
+            rendered[name] = parse(done.stdout)
         return rendered[name]
 
-    return render
+    return render_use
 
 
 @pytest.fixture(scope="session")
 def every(used) -> list[dict]:
-    """The objects of all overlays and of all uses of components."""
-    return [thing for overlay in OVERLAYS for thing in objects(overlay)] + [
-        each for name in USES for each in used(name)
-    ]
+    """The objects of all overlays and of all example overlays."""
+    from_overlays = [manifest for overlay in OVERLAYS for manifest in objects(overlay)]
+    return from_overlays + [manifest for name in USES for manifest in used(name)]
 
 
 @pytest.fixture(scope="session")

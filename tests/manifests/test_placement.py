@@ -1,74 +1,76 @@
-"""Each pod lands on its kind of node, none waits while one fits, none takes a GPU node without asking for a GPU."""
+"""Each pod is scheduled on the right kind of node; pods that request no GPU stay off GPU nodes."""
 
 import pytest
-from admission import finds
-from manifest_uses import USES
-from manifests import OVERLAYS, container, containers, objects, one, pod_template, pods
-from scheduling import Node, gpu_machine, machine, may_run, place, requests
+from admission import selects
+from manifests import OVERLAYS, amount, container, containers, objects, pod_template, pods
+from scheduling import Gpus, Node, cpu_node, fits, gpu_node, requests, schedule
 
-A100 = ("NVIDIA-A100-SXM4-80GB", 81920)
+A100 = Gpus("NVIDIA-A100-SXM4-80GB", 81920, 8)
+A10 = Gpus("NVIDIA-A10G", 23028)
+T4 = Gpus("Tesla-T4", 15360)
 CARDS = {
-    "gpu/a100-80g": [A100, ("NVIDIA-A100-80GB-PCIe", 81920)],
+    "gpu/a100-80g": [("NVIDIA-A100-SXM4-80GB", 81920), ("NVIDIA-A100-80GB-PCIe", 81920)],
     "gpu/h100": [("NVIDIA-H100-80GB-HBM3", 81559), ("NVIDIA-H100-PCIe", 81559)],
     "gpu/l20": [("NVIDIA-L20", 46068)],
     "gpu/rtx-4090": [("NVIDIA-GeForce-RTX-4090", 24564), ("NVIDIA-GeForce-RTX-4090-D", 24564)],
     "gpu/t4": [("Tesla-T4", 15360)],
 }
-SLICED = "NVIDIA-A100-SXM4-80GB-MIG-3g.40gb"
+MIG = Gpus("NVIDIA-A100-SXM4-80GB-MIG-3g.40gb", 40192, 16, mig_slices=3)
 OTHERS = [("NVIDIA-A100-SXM4-80GB-MIG-1g.10gb", 9728), ("NVIDIA-A100-SXM4-80GB-SHARED", 81920)]
 
 
 def cluster(tainted: bool) -> list[Node]:
-    """Machines of every kind, the GPU ones with the usual taint or without."""
+    """Nodes of every kind; GPU nodes have the usual taint, or none."""
+    rtx = Gpus("NVIDIA-GeForce-RTX-4090", 24564, 2)
+    shared = Gpus("NVIDIA-A100-SXM4-80GB-SHARED", 81920, 80, sharing="time-slicing")
     return [
-        machine("small", 2, 4),
-        machine("large", 16, 64),
-        gpu_machine("t4", "Tesla-T4", 15360, 1, 8, 32, tainted=tainted),
-        gpu_machine("rtx", "NVIDIA-GeForce-RTX-4090", 24564, 2, 32, 128, tainted=tainted),
-        gpu_machine(
-            "shared", "NVIDIA-A100-SXM4-80GB-SHARED", 81920, 80, 96, 512, tainted=tainted, sharing="time-slicing"
-        ),
-        gpu_machine("sliced", SLICED, 40192, 16, 96, 1024, tainted=tainted, slices=3),
-        gpu_machine("eight-a", *A100, 8, 96, 512, tainted=tainted),
-        gpu_machine("eight-b", *A100, 8, 96, 512, tainted=tainted),
+        cpu_node("small", 2, 4),
+        cpu_node("large", 16, 64),
+        gpu_node("t4", T4, 8, 32, tainted=tainted),
+        gpu_node("rtx", rtx, 32, 128, tainted=tainted),
+        gpu_node("shared", shared, 96, 512, tainted=tainted),
+        gpu_node("sliced", MIG, 96, 1024, tainted=tainted),
+        gpu_node("eight-a", A100, 96, 512, tainted=tainted),
+        gpu_node("eight-b", A100, 96, 512, tainted=tainted),
     ]
 
 
 def instances(overlay: str) -> list[tuple[str, dict]]:
-    """A pod for each replica or completion."""
-    things = objects(overlay)
+    """Name and template of each pod, one for each replica or completion."""
+    manifests = objects(overlay)
     lowest = {
-        thing["spec"]["scaleTargetRef"]["name"]: thing["spec"]["minReplicas"]
-        for thing in things
-        if thing["kind"] == "HorizontalPodAutoscaler"
+        manifest["spec"]["scaleTargetRef"]["name"]: manifest["spec"]["minReplicas"]
+        for manifest in manifests
+        if manifest["kind"] == "HorizontalPodAutoscaler"
     }
     found = []
-    for thing in things:
-        template = pod_template(thing)
+    for manifest in manifests:
+        template = pod_template(manifest)
         if template:
             count = (
-                thing["spec"].get("completions")
-                or thing["spec"].get("replicas")
-                or lowest.get(thing["metadata"]["name"], 1)
+                manifest["spec"].get("jobTemplate", {}).get("spec", {}).get("completions")
+                or manifest["spec"].get("replicas")
+                or lowest.get(manifest["metadata"]["name"], 1)
             )
-            found += [(thing["metadata"]["name"], template)] * count
+            found += [(manifest["metadata"]["name"], template)] * count
     return found
 
 
-def asks_for_a_gpu(template: dict) -> bool:
+def requests_gpu(template: dict) -> bool:
     return "nvidia.com/gpu" in requests(template)
 
 
 @pytest.mark.parametrize("tainted", [True, False], ids=["tainted", "untainted"])
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_each_pod_lands_on_its_kind_of_node_and_none_waits(overlay, tainted):
+def test_each_pod_is_scheduled_on_its_kind_of_node(overlay, tainted):
     nodes = cluster(tainted)
     placed = {}
     for name, template in instances(overlay):
-        node = place(template, nodes)
-        assert node is not None, f"{name} waits"
-        assert node.has_gpu == asks_for_a_gpu(template), f"{name} is on {node.name}"
-        assert node.name not in ("t4", "shared") and (name, node.name) != ("train", "sliced"), name
+        node = schedule(template, nodes)
+        assert node is not None, f"{name} is pending"
+        assert node.has_gpu == requests_gpu(template), f"{name} is on {node.name}"
+        assert node.name not in ("t4", "shared"), name
+        assert (name, node.name) != ("train", "sliced")
         placed.setdefault(name, []).append(node.name)
     assert len(placed) >= 2
     if overlay == "train-multi":
@@ -76,105 +78,102 @@ def test_each_pod_lands_on_its_kind_of_node_and_none_waits(overlay, tainted):
 
 
 def test_the_demo_fits_one_small_node():
-    nodes = [machine("small", 2, 4)]
-    assert [place(template, nodes) is not None for _, template in instances("demo")] == [True] * 3
+    nodes = [cpu_node("small", 2, 4)]
+    assert [schedule(template, nodes) is not None for _, template in instances("demo")] == [True] * 3
 
 
-def test_two_replicas_fit_one_machine_that_has_the_cards():
-    """Their spread is a wish."""
-    nodes = [gpu_machine("eight", *A100, 8, 96, 512)]
+def test_two_replicas_fit_one_node_with_enough_gpus():
+    """Spreading over nodes is preferred, not required."""
+    nodes = [gpu_node("eight", A100, 96, 512)]
     served = [template for name, template in instances("production") if name == "api"]
-    assert [place(template, nodes) is not None for template in served] == [True, True]
+    assert [schedule(template, nodes) is not None for template in served] == [True, True]
 
 
-def test_a_server_fits_the_smallest_machine_that_has_its_card(used):
-    """4 cores and 16 GiB beside a card of 24 GB; the same beside a T4, on which 16-bit weights leave no room."""
-    small = gpu_machine("a10", "NVIDIA-A10G", 23028, 1, 4, 16)
-    t4 = gpu_machine("t4", "Tesla-T4", 15360, 1, 4, 16)
+def test_a_server_fits_the_smallest_node_with_its_gpu(used):
+    """4 cores and 16 GiB with a GPU of 24 GB, or with a T4, which is too small for 16-bit weights and a KV cache."""
+    small = gpu_node("a10", A10, 4, 16)
+    t4 = gpu_node("t4", T4, 4, 16)
     (server,) = (template for name, template in instances("serve-gpu") if name == "api")
-    assert place(server, [t4]) is None
-    assert place(server, [t4, small]) is small
+    assert schedule(server, [t4]) is None
+    assert schedule(server, [t4, small]) is small
     (server,) = (template for name, template in pods(used("gpu/t4")) if name == "Deployment/api")
-    assert place(server, [small]) is None
-    assert place(server, [small, t4]) is t4
+    assert schedule(server, [small]) is None
+    assert schedule(server, [small, t4]) is t4
     args = container(server, "api")["args"]
     assert args[args.index("--engine") :][:4] == ["--engine", "transformers", "--load-in", "4bit"]
 
 
-def test_training_takes_whole_cards_and_serving_a_slice_that_is_large_enough():
-    """Where no card is sliced, GPU Feature Discovery writes the same strategy and no slices."""
-    sliced = gpu_machine("sliced", SLICED, 40192, 16, 96, 1024, slices=3)
-    whole = gpu_machine("whole", *A100, 8, 96, 1024, slices=0)
+def test_training_needs_whole_gpus_and_serving_accepts_a_large_enough_mig_slice():
+    """GPU Feature Discovery sets the same MIG strategy with and without slices, but the slice label only with them."""
+    sliced = gpu_node("sliced", MIG, 96, 1024)
+    whole = gpu_node("whole", A100, 96, 1024)
     assert sliced.labels["nvidia.com/mig.strategy"] == whole.labels["nvidia.com/mig.strategy"] == "single"
     for overlay in ("train-single", "train-multi"):
         run = next(template for name, template in instances(overlay) if name == "train")
-        assert (may_run(run, sliced), may_run(run, whole)) == (False, True)
+        assert (fits(run, sliced), fits(run, whole)) == (False, True)
     server = next(template for name, template in instances("serve-gpu") if name == "api")
-    assert (may_run(server, sliced), may_run(server, whole)) == (True, True)
+    assert (fits(server, sliced), fits(server, whole)) == (True, True)
 
 
-def test_pods_on_a_disk_of_one_node_would_rather_be_together():
-    wishes = [
+def test_pods_that_share_a_single_node_disk_prefer_the_same_node():
+    preferences = [
         template["spec"]["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
         for _, template in instances("demo")
     ]
-    assert len(wishes) == 3
-    for (wish,), (_, template) in zip(wishes, instances("demo"), strict=True):
-        assert wish["podAffinityTerm"]["topologyKey"] == "kubernetes.io/hostname"
-        assert finds(wish["podAffinityTerm"]["labelSelector"], template)
+    assert len(preferences) == 3
+    for (preference,), (_, template) in zip(preferences, instances("demo"), strict=True):
+        assert preference["podAffinityTerm"]["topologyKey"] == "kubernetes.io/hostname"
+        assert selects(preference["podAffinityTerm"]["labelSelector"], template)
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_a_product_component_takes_its_card_in_each_form_and_no_other(name, used):
-    templates = [template for _, template in pods(used(name)) if asks_for_a_gpu(template)]
+def test_a_product_component_selects_its_gpu_in_each_form_and_no_other(name, used):
+    templates = [template for _, template in pods(used(name)) if requests_gpu(template)]
     assert templates
     every = [card for cards in CARDS.values() for card in cards] + OTHERS
     for template in templates:
-        taken = [card for card in every if may_run(template, gpu_machine("n", *card, 8, 96, 512))]
-        assert taken == CARDS[name]
+        selected = [card for card in every if fits(template, gpu_node("n", Gpus(*card, 8), 96, 512))]
+        assert selected == CARDS[name]
 
 
-def test_pods_for_processors_run_on_gpu_nodes_only_where_that_is_chosen(used):
-    nodes = [gpu_machine("only", *A100, 8, 96, 512)]
+def test_cpu_pods_run_on_gpu_nodes_with_gpu_nodes_only(used):
+    nodes = [gpu_node("only", A100, 96, 512)]
     templates = [template for _, template in pods(used("gpu-nodes-only"))]
     assert len(templates) == 3
-    assert all(place(template, nodes) for template in templates)
+    assert all(schedule(template, nodes) for template in templates)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_gpu_pods_are_guaranteed_and_ask_for_as_much_as_they_may_use(overlay):
-    """K1: requests equal limits, so nothing else takes what they count on."""
+def test_requests_equal_limits_except_for_cpu_without_a_gpu_and_for_the_idle_model_init(overlay):
+    """Then no other pod can take the memory or the cores of a GPU pod."""
     for name, template in pods(objects(overlay)):
         for each in containers(template):
-            wants, may = each["resources"]["requests"], each["resources"]["limits"]
-            assert {*wants} == {*may} >= {"cpu", "memory", "ephemeral-storage"}, (name, each["name"])
-            same = [key for key in wants if key != "cpu"] + (["cpu"] if "nvidia.com/gpu" in wants else [])
-            assert all(wants[key] == may[key] for key in same), (name, each["name"])
+            requested, limits = each["resources"]["requests"], each["resources"]["limits"]
+            if each["name"] == "model-init":  # its requests stay reserved while the pod idles
+                assert amount(requested["memory"]) <= 1 << 30
+                continue
+            assert {*requested} == {*limits} >= {"cpu", "memory", "ephemeral-storage"}, (name, each["name"])
+            same = [key for key in requested if key != "cpu"] + (["cpu"] if "nvidia.com/gpu" in requested else [])
+            assert all(requested[key] == limits[key] for key in same), (name, each["name"])
 
 
-def test_pods_without_a_gpu_see_none(used):
-    """K1: the NVIDIA runtime shows all GPUs to a container that says nothing."""
-    things = [thing for overlay in OVERLAYS for thing in objects(overlay)] + [
-        each for name in USES for each in used(name)
-    ]
-    blind = 0
-    for name, template in pods(things):
+def test_pods_without_a_gpu_see_none(templates):
+    """The NVIDIA runtime shows all GPUs to a container without NVIDIA_VISIBLE_DEVICES."""
+    hidden = 0
+    for name, template in templates:
         for each in containers(template):
-            sees = {entry["name"]: entry.get("value") for entry in each["env"]}.get("NVIDIA_VISIBLE_DEVICES")
-            assert (sees == "void") == ("nvidia.com/gpu" not in each["resources"]["requests"]), (
-                name,
-                each["name"],
-            )
-            blind += sees == "void"
-    assert blind >= 60
+            visible = {entry["name"]: entry.get("value") for entry in each["env"]}.get("NVIDIA_VISIBLE_DEVICES")
+            with_gpu = "nvidia.com/gpu" in each["resources"]["requests"] or "claims" in each["resources"]
+            assert (visible == "void") != with_gpu, (name, each["name"])
+            hidden += visible == "void"
+    assert hidden >= 60
 
 
-def test_runtime_class_is_set_for_gpu_pods_alone(used):
+def test_the_runtime_class_is_set_only_for_gpu_pods(used):
     classes = {name: template["spec"].get("runtimeClassName") for name, template in pods(used("runtime-class"))}
     assert classes == {
         "Deployment/api": "nvidia",
-        "Job/train": "nvidia",
+        "CronJob/train": "nvidia",
         "CronJob/evaluate": "nvidia",
-        "Job/model-init": None,
+        "Deployment/model-init": None,
     }
-    assert one(used("runtime-class"), "Job", "train")

@@ -1,13 +1,15 @@
-"""What k8s/README.md promises, read from the rendered objects. Traps K1 to K7 of the list of reported pains."""
+"""Properties that k8s/README.md promises, read from the rendered objects."""
 
 import re
 from dataclasses import fields
 
 import yaml
+from containers import IMAGES, VERSION
 from manifests import (
     OVERLAYS,
     REPOSITORY,
     amount,
+    arguments,
     container,
     containers,
     environment,
@@ -15,21 +17,20 @@ from manifests import (
     one,
     pod_template,
     pods,
-    words,
 )
 
-from entrypoints.api.uvicorn_server import LAST_SECONDS
+from entrypoints.api.server import FINAL_RESPONSE_SECONDS
 from entrypoints.settings import Settings
 
-OURS = {field.name.upper() for field in fields(Settings)}
+SETTING_NAMES = {field.name.upper() for field in fields(Settings)}
 LIBRARIES = {"NVIDIA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "NNODES", "MASTER_ADDR", "MASTER_PORT"}
-PORTS = {"api": 8000, "web": 7860, "web-streamlit": 8501, "web-training": 8502, "tensorboard": 6006}
+PORTS = {"api": 8000, "embeddings": 8000, "web": 7860, "web-streamlit": 8501, "web-training": 8502, "tensorboard": 6006}
 
 
 def test_the_namespace_enforces_the_restricted_standard_and_every_overlay_has_its_own():
     names = []
     for overlay in OVERLAYS:
-        (namespace,) = (thing for thing in objects(overlay) if thing["kind"] == "Namespace")
+        (namespace,) = (manifest for manifest in objects(overlay) if manifest["kind"] == "Namespace")
         labels = namespace["metadata"]["labels"]
         assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("enforce", "audit", "warn")} == {"restricted"}
         names.append(namespace["metadata"]["name"])
@@ -53,7 +54,7 @@ def test_every_pod_meets_the_restricted_standard(templates):
     }
     for name, template in templates:
         spec, security = template["spec"], template["spec"]["securityContext"]
-        assert security["runAsNonRoot"] is True and security["runAsUser"] == 10001, name
+        assert (security["runAsNonRoot"], security["runAsUser"]) == (True, 10001), name
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}, name
         assert {*security} == {
             "runAsNonRoot",
@@ -67,12 +68,14 @@ def test_every_pod_meets_the_restricted_standard(templates):
         assert all({*volume} <= allowed for volume in spec["volumes"]), name
         for each in containers(template):
             inner = each["securityContext"]
-            assert inner["allowPrivilegeEscalation"] is False and inner["capabilities"] == {"drop": ["ALL"]}, name
+            assert inner["allowPrivilegeEscalation"] is False, name
+            assert inner["capabilities"] == {"drop": ["ALL"]}, name
             assert {*inner} == {"allowPrivilegeEscalation", "capabilities", "readOnlyRootFilesystem"}, name
-            assert "hostPort" not in str(each.get("ports")) and "host'" not in str(each.get("readinessProbe")), name
+            assert "hostPort" not in str(each.get("ports")), name
+            assert "host'" not in str(each.get("readinessProbe")), name
 
 
-def test_the_root_file_system_is_read_only_and_what_is_written_is_declared(templates):
+def test_the_root_file_system_is_read_only_and_writable_paths_are_mounts(templates):
     for name, template in templates:
         volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
         for each in containers(template):
@@ -86,8 +89,8 @@ def test_the_root_file_system_is_read_only_and_what_is_written_is_declared(templ
         assert all("sizeLimit" in volume["emptyDir"] for volume in volumes.values() if "emptyDir" in volume)
 
 
-def test_memory_that_is_a_disk_is_counted_and_so_is_disk(templates):
-    """K4 and K6."""
+def test_emptydir_sizes_are_within_the_limits_of_the_container(templates):
+    """An emptyDir above the limits gets the pod evicted, or killed if it is in memory."""
     shared = 0
     for name, template in templates:
         empty = {each["name"]: each["emptyDir"] for each in template["spec"]["volumes"] if "emptyDir" in each}
@@ -99,47 +102,51 @@ def test_memory_that_is_a_disk_is_counted_and_so_is_disk(templates):
             assert empty["shm"]["medium"] == "Memory"
             largest = max(amount(each["memory"]) for each in limits)
             assert 2 << 30 <= amount(empty["shm"]["sizeLimit"]) <= largest / 4, name
-        gpus = max(each.get("nvidia.com/gpu", 0) for each in limits)
+        gpus = max(int(each.get("nvidia.com/gpu", 0)) for each in limits)
         assert gpus <= 1 or "shm" in empty, name
     assert shared >= 15
 
 
-def test_no_pod_holds_a_token_or_is_told_of_services(templates):
+def test_no_pod_has_a_service_account_token_or_service_links(templates):
     for name, template in templates:
         assert template["spec"]["automountServiceAccountToken"] is False, name
         assert template["spec"]["enableServiceLinks"] is False, name
         assert template["spec"]["serviceAccountName"] == "glm", name
 
 
-def test_secrets_are_named_and_never_written(every):
-    assert "Secret" not in {thing["kind"] for thing in every}
+def test_secrets_are_only_referenced(every):
+    assert "Secret" not in {manifest["kind"] for manifest in every}
     found = set()
     for _, template in pods(every):
         found |= {volume["secret"]["secretName"] for volume in template["spec"]["volumes"] if "secret" in volume}
         found |= {source["secretRef"]["name"] for each in containers(template) for source in each.get("envFrom", ())}
-    found |= {entry["secretName"] for thing in every if thing["kind"] == "Ingress" for entry in thing["spec"]["tls"]}
+    found |= {
+        entry["secretName"] for manifest in every if manifest["kind"] == "Ingress" for entry in manifest["spec"]["tls"]
+    }
     assert found == {"api-keys", "pages", "hub", "tls"}
     for readme in ("README.md", "README.zh-CN.md"):
         text = (REPOSITORY / "k8s" / readme).read_text(encoding="utf-8")
         assert all(re.search(rf"create secret (generic|tls) {name}\b", text) for name in found), readme
 
 
-def test_every_variable_is_one_of_settings_or_stands_in_a_command(templates):
+def test_every_variable_is_a_setting_or_used_in_a_command(templates):
     for name, template in templates:
         for each in containers(template):
             text = f"{each.get('args')}{[entry.get('value') for entry in each['env']]}"
-            known = OURS | LIBRARIES | {entry["name"] for entry in each["env"] if f"$({entry['name']})" in text}
+            known = (
+                SETTING_NAMES | LIBRARIES | {entry["name"] for entry in each["env"] if f"$({entry['name']})" in text}
+            )
             assert {entry["name"] for entry in each["env"]} <= known, (name, each["name"])
 
 
-def test_every_variable_in_a_command_is_known_there(templates):
-    """A variable sees only those before it; an unknown one stays as $(NAME)."""
+def test_every_variable_in_a_command_is_defined(templates):
+    """A variable can only reference those before it; an undefined one stays as $(NAME)."""
     for name, template in templates:
         for each in containers(template):
-            filled = environment(each)
-            assert not [value for value in filled.values() if "$(" in value], (name, each["name"])
-            asked = set(re.findall(r"\$\((\w+)\)", f"{each.get('args')}"))
-            assert asked <= set(filled), (name, each["name"])
+            variables = environment(each)
+            assert not [value for value in variables.values() if "$(" in value], (name, each["name"])
+            used = set(re.findall(r"\$\((\w+)\)", f"{each.get('args')}"))
+            assert used <= set(variables), (name, each["name"])
 
 
 def test_no_pod_starts_on_an_unverified_model(templates):
@@ -155,8 +162,8 @@ def test_no_pod_starts_on_an_unverified_model(templates):
     assert checked >= 25
 
 
-def test_probes_give_ten_minutes_to_load_and_tell_ready_from_alive(templates):
-    """K3."""
+def test_probes_allow_ten_minutes_to_load_and_distinguish_ready_from_alive(templates):
+    """Otherwise a slow disk would restart the server while it loads."""
     servers = [container(template, "api") for name, template in templates if name.startswith("Deployment/api")]
     assert len(servers) >= 10
     for server in servers:
@@ -171,28 +178,33 @@ def test_a_pod_has_time_to_drain(templates):
         for server in (each for each in template["spec"]["containers"] if each["name"] == "api"):
             drain = int(server["args"][server["args"].index("--drain-seconds") + 1])
             pause = int(server["lifecycle"]["preStop"]["exec"]["command"][1])
-            assert template["spec"]["terminationGracePeriodSeconds"] > pause + drain + LAST_SECONDS, name
+            assert template["spec"]["terminationGracePeriodSeconds"] > pause + drain + FINAL_RESPONSE_SECONDS, name
 
 
-def test_a_rollout_cannot_wait_for_a_gpu_that_it_holds_itself(every):
-    """K2."""
+def test_a_rollout_keeps_the_old_pod_until_the_new_one_is_ready_unless_there_is_no_room(every, used):
+    """A pod that waits for its model, or for a GPU, must not stop the one that serves."""
     rollouts = [
-        thing["spec"]["strategy"]["rollingUpdate"]
-        for thing in every
-        if thing["kind"] == "Deployment" and thing["metadata"]["name"].startswith("api")
+        manifest["spec"]["strategy"]["rollingUpdate"]
+        for manifest in every
+        if manifest["kind"] == "Deployment" and manifest["metadata"]["name"].startswith("api")
     ]
     assert len(rollouts) >= 10
-    assert all(each == {"maxSurge": 0, "maxUnavailable": 1} for each in rollouts)
+    other = one(used("no-surge"), "Deployment", "api")["spec"]["strategy"]["rollingUpdate"]
+    assert other == {"maxSurge": 0, "maxUnavailable": 1}
+    assert [each for each in rollouts if each != {"maxSurge": 1, "maxUnavailable": 0}] == [other]
+    for manifest in every:
+        if manifest["kind"] == "Deployment" and manifest["metadata"]["name"].startswith(("api", "model-init")):
+            assert manifest["spec"]["progressDeadlineSeconds"] >= 7200 + 600, manifest["metadata"]["name"]
 
 
-def test_two_replicas_have_a_budget_a_spread_and_a_scaler():
-    things = objects("production")
-    api = one(things, "Deployment", "api")
-    assert "replicas" not in api["spec"]  # the scaler's
-    scaler = one(things, "HorizontalPodAutoscaler", "api")["spec"]
-    assert scaler["minReplicas"] == 2
-    assert scaler["metrics"][0]["pods"]["metric"]["name"] == "glm_queue_length"
-    budget = one(things, "PodDisruptionBudget", "api")["spec"]
+def test_two_replicas_have_a_disruption_budget_a_topology_spread_and_an_autoscaler():
+    manifests = objects("production")
+    api = one(manifests, "Deployment", "api")
+    assert "replicas" not in api["spec"]  # set by the autoscaler
+    autoscaler = one(manifests, "HorizontalPodAutoscaler", "api")["spec"]
+    assert autoscaler["minReplicas"] == 2
+    assert autoscaler["metrics"][0]["pods"]["metric"]["name"] == "glm_queue_length"
+    budget = one(manifests, "PodDisruptionBudget", "api")["spec"]
     assert budget["maxUnavailable"] == 1
     spread = api["spec"]["template"]["spec"]["topologySpreadConstraints"][0]
     labels = api["spec"]["selector"]["matchLabels"]
@@ -200,17 +212,19 @@ def test_two_replicas_have_a_budget_a_spread_and_a_scaler():
     assert spread["whenUnsatisfiable"] == "ScheduleAnyway"
 
 
-def test_traffic_is_denied_but_for_the_arrows_that_exist(every):
+def test_all_traffic_is_denied_except_what_a_network_policy_allows(every):
     for overlay in OVERLAYS:
         deny = one(objects(overlay), "NetworkPolicy", "default-deny")["spec"]
         assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    names = {thing["metadata"]["name"] for thing in every if thing["kind"] == "NetworkPolicy"}
+    names = {manifest["metadata"]["name"] for manifest in every if manifest["kind"] == "NetworkPolicy"}
     assert names == {
         "default-deny",
         "names",
         "model-init",
         "api",
+        "embeddings",
         "train",
+        "from-clients",
         "from-outside",
         "from-monitoring",
         "web",
@@ -220,17 +234,17 @@ def test_traffic_is_denied_but_for_the_arrows_that_exist(every):
     assert api["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/component": "page"}}}]
 
 
-def test_every_selector_finds_pods():
+def test_every_service_selects_pods():
     for overlay in OVERLAYS:
         labels = [template["metadata"]["labels"].items() for _, template in pods(objects(overlay))]
-        for service in (thing for thing in objects(overlay) if thing["kind"] == "Service"):
+        for service in (manifest for manifest in objects(overlay) if manifest["kind"] == "Service"):
             assert any(service["spec"]["selector"].items() <= each for each in labels), service["metadata"]["name"]
 
 
-def test_a_canary_answers_beside_the_others_with_its_own_model_under_their_name(used):
+def test_a_canary_serves_its_own_model_behind_the_same_service_under_the_same_name(used):
     service = one(used("canary"), "Service", "api")["spec"]["selector"]
     budget = one(used("canary"), "PodDisruptionBudget", "api")["spec"]["selector"]["matchLabels"]
-    for name, model, filler in (("api", "demo", "model-init"), ("api-canary", "tuned", "canary-init")):
+    for name, model, init in (("api", "demo", "model-init"), ("api-canary", "tuned", "canary-init")):
         spec = one(used("canary"), "Deployment", name)["spec"]
         labels = spec["template"]["metadata"]["labels"]
         assert spec["selector"]["matchLabels"] == {"app.kubernetes.io/name": name}
@@ -238,17 +252,32 @@ def test_a_canary_answers_beside_the_others_with_its_own_model_under_their_name(
         assert (budget.items() <= labels.items()) == (name == "api")
         loaded = [environment(each)["MODEL_PATH"] for each in containers(spec["template"])]
         assert loaded == [f"/models/{model}"] * 2
-        assert environment(container(spec["template"], "api"))["SERVED_NAME"] == "demo"
-        job = one(used("canary"), "Job", filler)["spec"]["template"]
-        assert words(container(job, "model-init")) == ["prepare", model, "/models"]
+        assert environment(container(spec["template"], "api"))["SERVED_NAME"] == "chatglm3-6b"
+        prepare = one(used("canary"), "Deployment", init)["spec"]
+        assert prepare["selector"]["matchLabels"].items() <= prepare["template"]["metadata"]["labels"].items()
+        assert arguments(container(prepare["template"], "model-init")) == ["prepare", model, "/models"]
     assert one(used("canary"), "Deployment", "api-canary")["spec"]["replicas"] == 1
 
 
-def test_ports_and_names_are_those_of_the_commands_and_of_compose(every):
+def test_embeddings_are_a_service_of_their_own_that_chat_requests_do_not_reach(used):
+    manifests = used("embeddings")
+    labels = one(manifests, "Deployment", "embeddings")["spec"]["template"]["metadata"]["labels"]
+    assert one(manifests, "Service", "embeddings")["spec"]["selector"].items() <= labels.items()
+    assert not one(manifests, "Service", "api")["spec"]["selector"].items() <= labels.items()
+    server = container(pod_template(one(manifests, "Deployment", "embeddings")), "api")
+    assert arguments(server)[:3] == ["serve", "--embeddings", "/data/bge.gguf"]
+    clients = one(manifests, "NetworkPolicy", "from-clients")["spec"]["podSelector"]["matchExpressions"]
+    assert clients == [{"key": "app.kubernetes.io/component", "operator": "In", "values": ["api", "embeddings"]}]
+    open_server = container(pod_template(one(used("no-keys-embeddings"), "Deployment", "embeddings")), "api")
+    assert "API_KEYS_FILE" not in environment(open_server)
+    assert arguments(open_server)[-2:] == ["--allowed-host=embeddings", "--insecure-no-auth"]
+
+
+def test_ports_and_names_agree_with_the_commands_and_with_compose(every):
     services = {
-        thing["metadata"]["name"]: thing["spec"]
-        for thing in every
-        if thing["kind"] == "Service" and thing["metadata"]["name"] != "train"
+        manifest["metadata"]["name"]: manifest["spec"]
+        for manifest in every
+        if manifest["kind"] == "Service" and manifest["metadata"]["name"] != "train"
     }
     assert {name: spec["ports"][0]["port"] for name, spec in services.items()} == PORTS
     for name, template in pods(every):
@@ -265,21 +294,17 @@ def test_ports_and_names_are_those_of_the_commands_and_of_compose(every):
     )
 
 
-def test_pages_keep_their_visitors_and_answers_are_not_held_back(used):
-    things = objects("production")
-    assert one(things, "Service", "web")["spec"]["sessionAffinity"] == "ClientIP"
+def test_page_sessions_are_sticky_and_responses_are_not_buffered(used):
+    manifests = objects("production")
+    assert one(manifests, "Service", "web")["spec"]["sessionAffinity"] == "ClientIP"
     for name in ("api", "web"):
-        notes = one(things, "Ingress", name)["metadata"]["annotations"]
-        assert notes["nginx.ingress.kubernetes.io/proxy-buffering"] == "off"
-        assert int(notes["nginx.ingress.kubernetes.io/proxy-read-timeout"]) >= 3600
+        annotations = one(manifests, "Ingress", name)["metadata"]["annotations"]
+        assert annotations["nginx.ingress.kubernetes.io/proxy-buffering"] == "off"
+        assert int(annotations["nginx.ingress.kubernetes.io/proxy-read-timeout"]) >= 3600
         route = one(used("gateway"), "HTTPRoute", name)["spec"]["rules"][0]
         assert route["timeouts"] == {"request": "0s", "backendRequest": "0s"}
 
 
-def test_images_carry_the_packages_version(every):
-    import tomllib
-
-    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
-    built = {folder.parent.name for folder in (REPOSITORY / "images").glob("*/Dockerfile")}
+def test_images_have_the_version_of_the_package(every):
     images = {each["image"] for _, template in pods(every) for each in containers(template)}
-    assert images == {f"glm-{name}:{version}" for name in built}
+    assert images == {f"glm-{name}:{VERSION}" for name in IMAGES}

@@ -1,4 +1,4 @@
-"""Calls an ASGI application without a socket: fast, and the caller's leaving can be timed to the byte."""
+"""Calls an ASGI application without a socket: fast, and a client can disconnect at an exact byte."""
 
 import asyncio
 import atexit
@@ -13,7 +13,7 @@ JSON = {"content-type": "application/json"}
 
 @dataclass
 class Reply:
-    """What came back; `chunks` are the pieces of the body as they were sent."""
+    """A response; `chunks` are the parts of the body as they were sent."""
 
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
@@ -34,14 +34,14 @@ class Reply:
         return error
 
     def events(self) -> list[dict]:
-        """Data of all events but the last, which must be [DONE]."""
+        """Data of all events except the last, which must be [DONE]."""
         *events, last = data_lines(self.body)
         assert last == "[DONE]"
         return [json.loads(event) for event in events]
 
 
 def data_lines(body: bytes) -> list[str]:
-    """The data of a stream of events; asserts that each event is one `data:` line and a blank line."""
+    """The data of an event stream; asserts that each event is one `data:` line and a blank line."""
     assert body.endswith(b"\n\n"), body[-80:]
     events = body.decode().removesuffix("\n\n").split("\n\n")
     assert all(event.startswith("data: ") and len(event.splitlines()) == 1 for event in events), events
@@ -49,18 +49,18 @@ def data_lines(body: bytes) -> list[str]:
 
 
 @dataclass
-class Caller:
-    """One end of a request: gives its chunks, takes the reply, and hangs up once `leave` holds."""
+class Client:
+    """The client side of one request: sends chunks, records the reply, disconnects when `disconnect_when` holds."""
 
     chunks: list[bytes]
-    leave: Callable[[Reply], bool] | None
+    disconnect_when: Callable[[Reply], object] | None
     reply: Reply = field(default_factory=Reply)
-    left: asyncio.Event = field(default_factory=asyncio.Event)
+    disconnected: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def receive(self) -> Message:
         if self.chunks:
             return {"type": "http.request", "body": self.chunks.pop(0), "more_body": bool(self.chunks)}
-        await self.left.wait()
+        await self.disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
@@ -72,37 +72,37 @@ class Caller:
             self.reply.finished = not message.get("more_body", False)
         await asyncio.sleep(0)
         if self.reply.finished:
-            self.left.set()
+            self.disconnected.set()
 
     async def watch(self) -> None:
-        while not self.leave(self.reply):
+        while not self.disconnect_when(self.reply):
             await asyncio.sleep(0.002)
-        self.left.set()
+        self.disconnected.set()
 
 
-async def call(
+async def send_async(
     app: ASGIApp,
     method: str,
     path: str,
     content: dict | list | bytes | tuple[bytes, ...] | None = None,
     headers: dict[str, str] | None = None,
-    leave: Callable[[Reply], bool] | None = None,
+    disconnect_when: Callable[[Reply], object] | None = None,
 ) -> Reply:
-    """One request. `content`: JSON, bytes, or a tuple of chunks without a length. `leave`: hang up once it holds."""
+    """One request. `content` is JSON, bytes, or a tuple of chunks, which are sent without a Content-Length."""
     given = {name.lower(): value for name, value in {**JSON, **(headers or {})}.items()}
     if isinstance(content, tuple):
         chunks = list(content)
     else:
         chunks = [content if isinstance(content, bytes) else b"" if content is None else json.dumps(content).encode()]
         given.setdefault("content-length", str(len(chunks[0])))
-    caller = Caller(chunks, leave)
-    watcher = asyncio.create_task(caller.watch()) if leave else None
+    client = Client(chunks, disconnect_when)
+    watcher = asyncio.create_task(client.watch()) if disconnect_when else None
     try:
-        await app(_scope(method, path, given), caller.receive, caller.send)
+        await app(_scope(method, path, given), client.receive, client.send)
     finally:
         if watcher:
             watcher.cancel()
-    return caller.reply
+    return client.reply
 
 
 def _scope(method: str, path: str, headers: dict[str, str]) -> dict:
@@ -115,15 +115,15 @@ def _scope(method: str, path: str, headers: dict[str, str]) -> dict:
     }  # fmt: skip
 
 
-_runner = asyncio.Runner()  # one event loop for all: a server belongs to its own
+_runner = asyncio.Runner()  # one event loop for all tests, because a server belongs to one loop
 atexit.register(_runner.close)
 
 
 def run(work: Coroutine) -> object:
-    """The result of a coroutine, on the loop that `ask` uses too."""
+    """The result of a coroutine, on the loop that `send` uses too."""
     return _runner.run(work)
 
 
-def ask(app: ASGIApp, method: str, path: str, content: object = None, **more: object) -> Reply:
-    """`call` from a test that is not asynchronous."""
-    return run(call(app, method, path, content, **more))
+def send(app: ASGIApp, method: str, path: str, content: object = None, **more: object) -> Reply:
+    """`send_async` for a test that is not asynchronous."""
+    return run(send_async(app, method, path, content, **more))

@@ -20,7 +20,7 @@ CLOCK = {"type": "function", "function": {"name": "clock"}}
 class Grammar:
     """Makes bodies of chat requests, about half of them in order."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int | str) -> None:
         self.chance = random.Random(seed)
 
     def one(self, *choices: object) -> object:

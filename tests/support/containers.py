@@ -1,25 +1,28 @@
-"""The images in a real engine: names, confinement, and what a missing engine or image means to a test.
+"""Images and containers of a real Docker engine, and the skip when the engine or an image is missing.
 
-REQUIRE_IMAGES="infer-cpu ..." turns those skips into failures: CI must not pass by leaving them out.
+REQUIRE_IMAGES="infer-cpu ..." turns that skip into a failure, so that CI cannot pass without these tests.
 """
 
+import json
 import os
-import re
 import shutil
 import subprocess
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import docker
 import pytest
 from docker.models.images import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+DOCKERFILE = REPOSITORY / "images" / "Dockerfile"
 IMAGES = ("infer-cpu", "infer-cuda", "infer-quantized", "train-cuda")
 REQUIRED = os.environ.get("REQUIRE_IMAGES", "").split()
-VERSION = re.search(r'^version = "(.+)"', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)[1]
-# What the manifests give every container, and a user id that no passwd entry knows.
+VERSION: str = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+# The restrictions of the manifests, and a user id without a passwd entry.
 CONFINED = {
     "read_only": True,
     "cap_drop": ["ALL"],
@@ -29,19 +32,48 @@ CONFINED = {
     "network_mode": "none",
 }
 
+# Printed inside a container: what the kernel lets its processes do, and the mounts in which the user can write, without
+# devices: a secret that is not set is /dev/null.
+PROBE = """
+import json, os, stat
+lines = open("/proc/1/status").read().splitlines()
+status = dict(line.split(":\\t", 1) for line in lines if ":\\t" in line)
+points = [line.split()[1] for line in open("/proc/self/mounts")]
+points = [point for point in points if not (point.startswith("/proc") or stat.S_ISCHR(os.stat(point).st_mode))]
+writable = sorted({point for point in points if os.access(point, os.W_OK)})
+print(json.dumps({**status, "writable": writable}))
+"""
+# Docker mounts both in every container; they are in memory and private.
+ALWAYS_WRITABLE = {"/dev/shm", "/dev/mqueue"}
 
-def missing(name: str, reason: str) -> None:
-    """Skip, or fail where CI asked for it."""
+
+def check_restrictions(probed: str, writable: set[str]) -> None:
+    """Compare the output of PROBE: no capability, no new privileges, not root, and these writable mounts only."""
+    found = json.loads(probed)
+    assert {name: int(found[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {
+        "CapInh": 0,
+        "CapPrm": 0,
+        "CapEff": 0,
+        "CapBnd": 0,
+        "CapAmb": 0,
+    }
+    assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
+    assert "0" not in found["Uid"].split()
+    assert {"/tmp", "/home/glm"} <= set(found["writable"]) <= writable | ALWAYS_WRITABLE
+
+
+def skip_or_fail(name: str, reason: str) -> NoReturn:
+    """Skip, or fail if REQUIRE_IMAGES lists the image."""
     if name in REQUIRED or (name == "engine" and REQUIRED):
         pytest.fail(reason)
     pytest.skip(reason)
 
 
 def connected(timeout: int) -> docker.DockerClient:
-    """A client of the Docker engine; seconds."""
-    # asked by the command: the client leaves its socket open where nothing listens
+    """A client of the Docker engine; `timeout` in seconds."""
+    # probed with the command, because the client leaks its socket when nothing listens
     if not shutil.which("docker") or subprocess.run(["docker", "version"], capture_output=True).returncode:
-        missing("engine", "no Docker engine answers; .ci/docker-engine starts one on Debian")
+        skip_or_fail("engine", "no Docker engine answers; .ci/docker-engine starts one on Debian")
     return docker.from_env(timeout=timeout)
 
 
@@ -50,12 +82,12 @@ def image_of(engine: docker.DockerClient, name: str) -> Image:
     try:
         return engine.images.get(f"glm-{name}:{VERSION}")
     except docker.errors.ImageNotFound:
-        missing(name, f"glm-{name}:{VERSION} is not built: make image/{name}")
+        skip_or_fail(name, f"glm-{name}:{VERSION} is not built: make image/{name}")
 
 
-def wait_until(happened: Callable[[], bool], seconds: float, what: Callable[[], str]) -> None:
-    """Ask again and again; raises AssertionError with `what()` when the time is over."""
+def wait_until(condition: Callable[[], bool], seconds: float, failure: Callable[[], str]) -> None:
+    """Poll until the condition holds; raises AssertionError with `failure()` after the time limit."""
     deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, what()
+    while not condition():
+        assert time.monotonic() < deadline, failure()
         time.sleep(0.5)

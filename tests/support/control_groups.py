@@ -1,4 +1,4 @@
-"""A real control group with a limit of memory, for processes of a test; needs root, so many machines have none."""
+"""A real cgroup with a memory limit, for processes of a test; needs root, so tests often skip."""
 
 import contextlib
 import os
@@ -7,36 +7,36 @@ from pathlib import Path
 
 import pytest
 
-from entrypoints.engines import machine
+from entrypoints.hardware import resources
 
 
 @contextlib.contextmanager
 def limited_memory(limit: int) -> Iterator[list[str]]:
-    """Words to put before a command, which then runs with `limit` bytes; skips where no group can be made."""
-    group, file = _place()
+    """Prefix of a command line, which then runs with `limit` bytes; skips if no cgroup can be created."""
+    cgroup, file = _cgroup_and_limit_file()
     try:
-        group.mkdir()
-        (group / file).write_text(str(limit))
+        cgroup.mkdir()
+        (cgroup / file).write_text(str(limit))
     except OSError as error:
         with contextlib.suppress(OSError):
-            group.rmdir()
-        pytest.skip(f"no control group with a limit of memory can be made here ({error})")
+            cgroup.rmdir()
+        pytest.skip(f"cannot create a cgroup with a memory limit on this machine ({error})")
     try:
-        yield ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh"]
+        yield ["sh", "-c", f'echo $$ > "{cgroup}/cgroup.procs" && exec "$@"', "sh"]
     finally:
-        group.rmdir()
+        cgroup.rmdir()
 
 
-def _place() -> tuple[Path, str]:
-    """A group beside or below this process's own, of whichever kind this system has."""
+def _cgroup_and_limit_file() -> tuple[Path, str]:
+    """A cgroup beside or below that of this process, v1 or v2."""
     name = f"glm-test-{os.getpid()}"
-    old = machine.CONTROL_GROUP / "memory"
-    if old.is_dir():
+    v1 = resources.CGROUP_ROOT / "memory"
+    if v1.is_dir():
         own = next((line.split(":", 2)[2] for line in _memberships() if ":memory:" in line), "/")
-        parent = old / own.lstrip("/")
-        return (parent if parent.is_dir() else old) / name, "memory.limit_in_bytes"
-    return machine.CONTROL_GROUP / name, "memory.max"
+        parent = v1 / own.lstrip("/")
+        return (parent if parent.is_dir() else v1) / name, "memory.limit_in_bytes"
+    return resources.CGROUP_ROOT / name, "memory.max"
 
 
 def _memberships() -> list[str]:
-    return machine.MEMBERSHIP.read_text().splitlines() if machine.MEMBERSHIP.is_file() else []
+    return resources.CGROUP_MEMBERSHIP.read_text().splitlines() if resources.CGROUP_MEMBERSHIP.is_file() else []

@@ -1,40 +1,47 @@
-"""JSON schemas of the custom resources that our components use, written from their documentation.
+"""JSON schemas of the custom resources that the components use, written from their documentation.
 
-Strict where we write something: an unknown field is refused. A pod template inside one is checked as Kubernetes' own.
+They contain only the fields that the manifests set and reject all others. Pod templates inside are validated separately
+with the schemas of Kubernetes.
 """
 
-TEXT, NUMBER, TRUTH = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
-TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
-ANYTHING = {"type": "object"}
+from typing import Any
+
+Schema = dict[str, Any]
 
 
-def record(required: tuple[str, ...] = (), **properties: dict) -> dict:
-    """An object with these fields and no others."""
+TEXT, NUMBER, BOOLEAN = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
+STRING_MAP = {"type": "object", "additionalProperties": {"type": "string"}}
+ANY_OBJECT = {"type": "object"}
+
+
+def record(required: tuple[str, ...] = (), **properties: Schema) -> Schema:
+    """An object with these properties and no others."""
     return {"type": "object", "properties": properties, "required": [*required], "additionalProperties": False}
 
 
-def array(items: dict) -> dict:
-    """At least one of them."""
+def array(items: Schema) -> Schema:
+    """A non-empty array."""
     return {"type": "array", "items": items, "minItems": 1}
 
 
-def choice(*values: str) -> dict:
+def choice(*values: str) -> Schema:
+    """One of the strings."""
     return {"enum": [*values]}
 
 
-def resource(api: str, kind: str, spec: dict) -> dict:
-    """A whole object in a namespace."""
-    metadata = record(("name", "namespace"), name=TEXT, namespace=TEXT, labels=TEXTS, annotations=TEXTS)
+def resource(api: str, kind: str, spec: Schema) -> Schema:
+    """A namespaced object."""
+    metadata = record(("name", "namespace"), name=TEXT, namespace=TEXT, labels=STRING_MAP, annotations=STRING_MAP)
     fields = {"apiVersion": {"const": api}, "kind": {"const": kind}, "metadata": metadata, "spec": spec}
     return record(("apiVersion", "kind", "metadata", "spec"), **fields)
 
 
-MATCH = record(matchLabels=TEXTS)
+MATCH = record(matchLabels=STRING_MAP)
 REPLICATED_JOB = record(
     ("name", "template"),
     name=TEXT,
     replicas=NUMBER,
-    template=record(("spec",), metadata=record(labels=TEXTS), spec=ANYTHING),  # the spec of a Job
+    template=record(("spec",), metadata=record(labels=STRING_MAP), spec=ANY_OBJECT),  # the spec of a Job
 )
 FAILURE_RULE = record(
     ("name", "action"),
@@ -46,9 +53,9 @@ FAILURE_RULE = record(
 JOBSET_SPEC = record(
     ("replicatedJobs",),
     replicatedJobs=array(REPLICATED_JOB),
-    suspend=TRUTH,
+    suspend=BOOLEAN,
     ttlSecondsAfterFinished=NUMBER,
-    network=record(enableDNSHostnames=TRUTH, subdomain=TEXT, publishNotReadyAddresses=TRUTH),
+    network=record(enableDNSHostnames=BOOLEAN, subdomain=TEXT, publishNotReadyAddresses=BOOLEAN),
     failurePolicy=record(maxRestarts=NUMBER, rules=array(FAILURE_RULE)),
 )
 TRAINER = "trainer.kubeflow.org/v1alpha1"
@@ -56,8 +63,8 @@ ALERT = record(
     ("alert", "expr"),
     alert=TEXT,
     expr=TEXT,
-    labels=TEXTS,
-    annotations=TEXTS,
+    labels=STRING_MAP,
+    annotations=STRING_MAP,
     **{"for": {"type": "string", "pattern": r"^\d+[smh]$"}},
 )
 DURATION = {"type": "string", "pattern": r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"}
@@ -98,7 +105,7 @@ SCHEMAS = [
             maxReplicaCount=NUMBER,
             cooldownPeriod=NUMBER,
             triggers=array(TRIGGER),
-            advanced=record(horizontalPodAutoscalerConfig=record(behavior=ANYTHING)),
+            advanced=record(horizontalPodAutoscalerConfig=record(behavior=ANY_OBJECT)),
         ),
     ),
     resource("jobset.x-k8s.io/v1alpha2", "JobSet", JOBSET_SPEC),
@@ -111,7 +118,7 @@ SCHEMAS = [
                 ("name",), apiGroup=TEXT, kind=choice("TrainingRuntime", "ClusterTrainingRuntime"), name=TEXT
             ),
             trainer=record(numNodes=NUMBER),
-            suspend=TRUTH,
+            suspend=BOOLEAN,
         ),
     ),
     resource(

@@ -1,8 +1,16 @@
-"""How each component is used: what a test renders for those that no overlay of ours has."""
+"""Example combinations for the components that no overlay uses; the tests render them."""
 
 SETTINGS = {
     "MODEL_SOURCE": "demo",
     "MODEL": "demo",
+    "SERVED_NAME": "chatglm3-6b",
+    "CLIENT_NAMESPACE": "shop",
+    "CLIENT_LABEL": "app",
+    "CLIENT_LABEL_VALUE": "assistant",
+    "STORAGE_CLASS": "nfs",
+    "EMBEDDINGS": "bge.gguf",
+    "DEVICE_CLASS": "gpu.nvidia.com",
+    "DEVICE_SELECTOR": "device.capacity['gpu.nvidia.com'].memory.compareTo(quantity('22000Mi')) > 0",
     "CANARY_MODEL": "tuned",
     "MODEL_IMAGE": "registry.example.com/glm-model:1",
     "TRAIN_FILE": "train.jsonl",
@@ -17,29 +25,46 @@ SETTINGS = {
     "MONITORING_NAMESPACE": "monitoring",
     "PROMETHEUS_URL": "http://prometheus.monitoring:9090",
 }
-SERVING = ["namespace", "model-store", "serve"]
-TRAINING = ["namespace", "model-store", "outputs", "train"]
+STORAGE = ["namespace", "models", "outputs", "usage"]  # applied before each of them
+SERVING = ["model-store", "serve"]
+TRAINING = ["model-store", "train"]
 RUN = ["settings-model", "settings-training"]
-# component -> bases and components that it is used with, in order
+# component -> bases and components that it is combined with, in order
 USES = {
     "autoscale-keda": (SERVING, ["vllm", "replicated", "autoscale-keda", "settings-model"]),
-    "canary": (SERVING, ["vllm", "replicated", "autoscale-queue", "settings-model", "gpu/memory", "canary"]),
+    "canary": (
+        SERVING,
+        ["vllm", "replicated", "autoscale-queue", "settings-model", "settings-name", "gpu/memory", "canary"],
+    ),
     "gateway": ([*SERVING, "web"], ["gateway", "settings-model"]),
     "gpu-nodes-only": ([*SERVING, "web"], ["quantize", "settings-model", "cpu-nodes", "gpu-nodes-only"]),
     "gpu/a100-80g": (SERVING, ["vllm", "settings-model", "gpu/a100-80g"]),
+    "gpu/dra": (SERVING, ["vllm", "gpu/dra", "settings-model"]),
     "gpu/h100": (TRAINING, [*RUN, "gpu/h100"]),
-    "gpu/l20": ([*SERVING, "outputs", "evaluate"], ["vllm", "settings-model", "settings-evaluation", "gpu/l20"]),
+    "gpu/l20": ([*SERVING, "evaluate"], ["vllm", "settings-model", "settings-evaluation", "gpu/l20"]),
     "gpu/rtx-4090": (SERVING, ["vllm", "settings-model", "gpu/rtx-4090"]),
     "gpu/t4": (SERVING, ["vllm", "settings-model", "gpu/t4"]),
     "int4": (SERVING, ["vllm", "int4", "settings-model", "gpu/memory"]),
     "jobset": (TRAINING, ["two-nodes", *RUN, "gpu/memory", "jobset"]),
+    "kueue-jobset": (TRAINING, [*RUN, "gpu/memory", "jobset", "kueue"]),
     "kueue": (TRAINING, [*RUN, "gpu/memory", "kueue"]),
-    "model-image": (["namespace", "model-store", "serve"], ["vllm", "model-image", "settings-model", "gpu/memory"]),
+    "model-image": (SERVING, ["vllm", "model-image", "settings-model", "gpu/memory"]),
     "model-on-node": (SERVING, ["vllm", "model-on-node", "settings-model", "gpu/memory"]),
     "monitoring": (SERVING, ["settings-model", "monitoring"]),
     "runtime-class": ([*TRAINING, "serve", "evaluate"], ["vllm", *RUN, "settings-evaluation", "runtime-class"]),
     "site-mirror": (SERVING, ["site-mirror", "quantize", "settings-model"]),
     "trainjob": (TRAINING, ["two-nodes", *RUN, "gpu/memory", "trainjob"]),
-    "upload": (["namespace", "outputs"], ["upload"]),
+    "upload": ([], ["upload"]),
+    "clients": (SERVING, ["quantize", "settings-model", "clients"]),
+    "from-run": ([*SERVING, "web"], ["vllm", "from-run", "settings-model", "settings-name", "gpu/memory"]),
+    "no-surge": (SERVING, ["vllm", "no-surge", "settings-model", "gpu/memory"]),
+    "pull-secret": ([], ["pull-secret"]),
+    "storage-class": ([], ["storage-class"]),
+    "embeddings": (SERVING, ["quantize", "embeddings", "settings-model", "clients"]),
+    "usage": (SERVING, ["vllm", "embeddings", "usage", "settings-model", "gpu/memory"]),
+    "ingress-embeddings": ([*SERVING, "web"], ["quantize", "ingress", "embeddings", "settings-model"]),
+    "gateway-embeddings": ([*SERVING, "web"], ["quantize", "gateway", "embeddings", "settings-model"]),
+    "ingress-no-keys": ([*SERVING, "web", "web-streamlit"], ["quantize", "no-keys", "ingress", "settings-model"]),
+    "no-keys-embeddings": ([*SERVING, "web"], ["settings-model", "embeddings", "no-keys"]),
     "no-keys": ([*SERVING, "web", "web-streamlit"], ["settings-model", "no-keys"]),
 }

@@ -1,4 +1,4 @@
-"""Servers of a test as processes, ended by their own id."""
+"""Server processes of tests, terminated by process id."""
 
 import contextlib
 import os
@@ -16,13 +16,13 @@ from pathlib import Path
 from entrypoints.settings import Settings
 
 SUPPORT = Path(__file__).parent
-OURS = {f.name.upper() for f in fields(Settings)}  # a test says itself what is set
+SETTING_NAMES = {f.name.upper() for f in fields(Settings)}  # not inherited: each test sets what it needs
 PAGE_KEY = "sk-page"
-SLOW_KEYS = {"gradio": "sk-slow-gradio", "streamlit": "sk-slow-streamlit"}  # may ask once a minute
+SLOW_KEYS = {"gradio": "sk-slow-gradio", "streamlit": "sk-slow-streamlit"}  # limited to one request per minute
 
 
 def free_port() -> int:
-    """A port nobody has; below those that the kernel lends to connections, one of which might take it meanwhile."""
+    """A free port below the kernel's ephemeral range, so that no outgoing connection can take it meanwhile."""
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -31,11 +31,11 @@ def free_port() -> int:
 
 
 class Process:
-    """One command; its output goes into `log`."""
+    """One Python process; its output goes to the file `log`."""
 
     def __init__(self, command: list[object], log: Path, **environment: str) -> None:
         self.log = log
-        clean = {name: value for name, value in os.environ.items() if name not in OURS}
+        clean = {name: value for name, value in os.environ.items() if name not in SETTING_NAMES}
         with log.open("ab") as stream:
             self.popen = subprocess.Popen(
                 [sys.executable, *map(str, command)],
@@ -46,9 +46,9 @@ class Process:
             )
 
     def wait_for(self, url: str, seconds: float = 120) -> None:
-        """Until the address answers, whatever it says; AssertionError if the process ends or the time does."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self.popen.poll() is None:
+        """Wait for any HTTP response; raises AssertionError when the process exits or the time is over."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.popen.poll() is None:
             try:
                 with urllib.request.urlopen(url, timeout=5):
                     return
@@ -56,15 +56,15 @@ class Process:
                 return
             except OSError:
                 time.sleep(0.1)
-        raise AssertionError(f"no answer from {url}\n{self.output()}")
+        raise AssertionError(f"no response from {url}\n{self.output()}")
 
     def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def end(self, how: int = signal.SIGTERM) -> int:
-        """Signal it and wait; its exit code."""
+    def end(self, signal_number: int = signal.SIGTERM) -> int:
+        """Send the signal and wait; returns the exit code."""
         if self.popen.poll() is None:
-            self.popen.send_signal(how)
+            self.popen.send_signal(signal_number)
             try:
                 self.popen.wait(60)
             except subprocess.TimeoutExpired:
@@ -72,5 +72,6 @@ class Process:
         return self.popen.wait()
 
 
-def glm(*words: object) -> list[object]:
-    return ["-m", "entrypoints", *words]
+def glm(*arguments: object) -> list[object]:
+    """Arguments of Python that run the command `glm`."""
+    return ["-m", "entrypoints", *arguments]

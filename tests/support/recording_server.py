@@ -1,7 +1,7 @@
-"""The real API around a scripted engine, as a process that a test may kill; every prompt goes into a file.
+"""The real API with a scripted engine, as a process that a test can kill; every prompt is recorded in a file.
 
-python recording_server.py MODEL PORT RECORD KEYS: the tokenizer's folder, a JSON line for each answer, a key file.
-Beside the engine's scripts: a tool's result is quoted, and for the pictures a few questions have their answers.
+python recording_server.py MODEL PORT RECORD KEYS: tokenizer folder, output file with one JSON line per answer, keys.
+In addition to the scripts, a tool result is quoted, and a few questions of the screenshots have fixed answers.
 """
 
 import json
@@ -12,14 +12,15 @@ from pathlib import Path
 import uvicorn
 from scripted_engine import ScriptedEngine
 
-from entrypoints.answer import decode
 from entrypoints.api.app import create_app
 from entrypoints.api.auth import KeyRing
-from entrypoints.api.server import Options, Serving
+from entrypoints.api.state import ServerOptions, ServerState
+from entrypoints.chat_format.answer_parser import decode
+from entrypoints.chat_format.prompt import ROLES, PromptFormat
 from entrypoints.checkpoint.tokenizer import load_tokenizer
-from entrypoints.prompt import ROLES, PromptFormat
 
 CANNED = {
+    "北京今天天气怎么样？": "raw get_weather\n ```python\ntool_call(city='北京')\n```",
     "你好": "你好！我是一个部署在本机的对话模型，可以帮你写文案、写代码，也能聊聊天。",
     "用 Python 写一个求平方和的函数，并给出公式": (
         "**函数**如下，输入 `n`，返回前 n 个正整数的平方和：\n\n```python\ndef squares(n: int) -> int:\n"
@@ -31,7 +32,7 @@ CANNED = {
 
 
 class RecordingEngine(ScriptedEngine):
-    """Writes what it was asked, and how far the answer came."""
+    """Records each prompt and the number of tokens generated for it."""
 
     def __init__(self, record: Path, *args: object, **options: object) -> None:
         super().__init__(*args, **options)
@@ -41,7 +42,7 @@ class RecordingEngine(ScriptedEngine):
         said, turns = 0, self.turns(prompt)
         role, text = turns[-1]
         answer = f"工具说：{text}" if role == "observation" else CANNED.get(text)
-        acted = self.tokenizer.encode(f"say {answer}") if answer else prompt
+        acted = self.tokenizer.encode(answer if answer.startswith("raw ") else f"say {answer}") if answer else prompt
         try:
             for token in super().generate(acted, sampling, adapter, cancelled):
                 said += 1
@@ -52,24 +53,24 @@ class RecordingEngine(ScriptedEngine):
                 stream.write(json.dumps({**line, "top_p": sampling.top_p}, ensure_ascii=False) + "\n")
 
     def turns(self, prompt: list[int]) -> list[list[str]]:
-        """[role, text] of each turn, read from the ids."""
-        tags = {self.tokenizer.control(f"<|{role}|>"): role for role in ROLES}
+        """[role, text] of each turn, decoded from the ids."""
+        tags = {self.tokenizer.special_token_id(f"<|{role}|>"): role for role in ROLES}
         turns = []
         for id_ in prompt:
             if id_ in tags:
                 turns.append([tags[id_], []])
             elif turns:
                 turns[-1][1].append(id_)
-        *whole, _ = turns  # the last is the assistant's, still to come
-        return [[role, decode(ids, self.tokenizer).removeprefix("\n").removeprefix(" ")] for role, ids in whole]
+        *complete, _ = turns  # the last one is the assistant's, which is not generated yet
+        return [[role, decode(ids, self.tokenizer).removeprefix("\n").removeprefix(" ")] for role, ids in complete]
 
 
 def main(model: str, port: str, record: str, keys: str) -> None:
-    serving = Serving(Options(model="toy", slots=4), KeyRing(Path(keys)), "scripted")
-    serving.engine = RecordingEngine(
+    state = ServerState(ServerOptions(model="demo", slots=4), KeyRing(Path(keys)), "scripted")
+    state.engine = RecordingEngine(
         Path(record), load_tokenizer(Path(model)), slots=4, adapters={"poet": PromptFormat()}
     )
-    uvicorn.run(create_app(serving), port=int(port), log_level="warning", timeout_graceful_shutdown=1)
+    uvicorn.run(create_app(state), port=int(port), log_level="warning", timeout_graceful_shutdown=1)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""The scheduler's filters, as far as our manifests use them: labels, taints and room."""
+"""A minimal Kubernetes scheduler with the filters that the manifests use: labels, taints and free resources."""
 
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from manifests import amount
 
-OPERATORS = {
+OPERATORS: dict[str, Callable[[str | None, Any], bool]] = {
     "In": lambda value, values: value in values,
     "NotIn": lambda value, values: value not in values,
     "Exists": lambda value, values: value is not None,
@@ -16,45 +18,56 @@ OPERATORS = {
 
 @dataclass
 class Node:
-    """What a machine offers; `taken` is what the pods on it have asked for."""
+    """Allocatable resources of a node; `requested` is the sum of the requests of its pods."""
 
     name: str
-    room: dict[str, float]
+    allocatable: dict[str, float]
     labels: dict[str, str] = field(default_factory=dict)
     tainted: bool = False
-    taken: Counter = field(default_factory=Counter)
+    requested: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
     def has_gpu(self) -> bool:
-        return "nvidia.com/gpu" in self.room
+        return "nvidia.com/gpu" in self.allocatable
 
 
-def machine(name: str, cpu: float, gibibytes: float) -> Node:
-    """A machine without a GPU, with what a kubelet leaves of it for pods."""
-    room = {"cpu": cpu - 0.1, "memory": (gibibytes - 0.6) * 2**30, "ephemeral-storage": 40 * 2**30}
-    return Node(name, room)
+@dataclass(frozen=True)
+class Gpus:
+    """GPUs of a node as GPU Feature Discovery labels them."""
+
+    product: str
+    memory_mib: int
+    count: int = 1
+    sharing: str = "none"
+    mig_slices: int = 0
 
 
-def gpu_machine(name: str, product: str, mebibytes: int, count: int, cpu: float, gibibytes: float, **more) -> Node:
-    """One with GPUs, labelled as GPU Feature Discovery labels it."""
-    node = machine(name, cpu, gibibytes)
-    node.room["nvidia.com/gpu"] = count
+def cpu_node(name: str, cpu: float, memory_gib: float) -> Node:
+    """A node without a GPU; the kubelet reserves a part of it for the system."""
+    allocatable = {"cpu": cpu - 0.1, "memory": (memory_gib - 0.6) * 2**30, "ephemeral-storage": 40 * 2**30}
+    return Node(name, allocatable)
+
+
+def gpu_node(name: str, gpus: Gpus, cpu: float, memory_gib: float, *, tainted: bool = True) -> Node:
+    """A node with GPUs and their labels."""
+    node = cpu_node(name, cpu, memory_gib)
+    node.allocatable["nvidia.com/gpu"] = gpus.count
     node.labels = {
-        "nvidia.com/gpu.product": product,
-        "nvidia.com/gpu.memory": f"{mebibytes}",
-        "nvidia.com/gpu.count": f"{count}",
-        "nvidia.com/gpu.sharing-strategy": more.get("sharing", "none"),
-        "nvidia.com/mig.strategy": "single",  # the GPU operator's default, sliced or not
+        "nvidia.com/gpu.product": gpus.product,
+        "nvidia.com/gpu.memory": f"{gpus.memory_mib}",
+        "nvidia.com/gpu.count": f"{gpus.count}",
+        "nvidia.com/gpu.sharing-strategy": gpus.sharing,
+        "nvidia.com/mig.strategy": "single",  # the GPU operator's default, with or without MIG slices
     }
-    if more.get("slices"):
-        node.labels["nvidia.com/gpu.slices.gi"] = f"{more['slices']}"
-    node.tainted = more.get("tainted", True)
+    if gpus.mig_slices:
+        node.labels["nvidia.com/gpu.slices.gi"] = f"{gpus.mig_slices}"
+    node.tainted = tainted
     return node
 
 
-def requests(template: dict) -> Counter:
-    """What the scheduler counts: the containers together, or the largest init container."""
-    total: Counter = Counter()
+def requests(template: dict[str, Any]) -> dict[str, float]:
+    """The scheduler's sum: all containers together, or the largest init container."""
+    total: dict[str, float] = defaultdict(float)
     for container in template["spec"]["containers"]:
         for name, quantity in container["resources"]["requests"].items():
             total[name] += amount(quantity)
@@ -64,8 +77,8 @@ def requests(template: dict) -> Counter:
     return total
 
 
-def may_run(template: dict, node: Node) -> bool:
-    """By labels, taints and what is left of the node."""
+def fits(template: dict[str, Any], node: Node) -> bool:
+    """Do labels, taints and free resources of the node allow the pod?"""
     spec = template["spec"]
     tolerates = any(
         each.get("key") == "nvidia.com/gpu" and each["operator"] == "Exists" for each in spec.get("tolerations", ())
@@ -79,15 +92,18 @@ def may_run(template: dict, node: Node) -> bool:
         )
         for term in terms
     )
-    fits = all(node.taken[name] + need <= node.room.get(name, 0) for name, need in requests(template).items())
-    return matches and fits and (tolerates or not node.tainted)
+    has_resources = all(
+        node.requested[name] + need <= node.allocatable.get(name, 0) for name, need in requests(template).items()
+    )
+    return matches and has_resources and (tolerates or not node.tainted)
 
 
-def place(template: dict, nodes: list[Node]) -> Node | None:
-    """The emptiest node that may run the pod, whose room it then takes; None: it stays pending."""
-    found = [node for node in nodes if may_run(template, node)]
-    if not found:
+def schedule(template: dict[str, Any], nodes: list[Node]) -> Node | None:
+    """Bind the pod to the least loaded node that fits; None if it stays pending."""
+    candidates = [node for node in nodes if fits(template, node)]
+    if not candidates:
         return None
-    best = min(found, key=lambda node: node.taken["cpu"] / node.room["cpu"])
-    best.taken.update(requests(template))
+    best = min(candidates, key=lambda node: node.requested["cpu"] / node.allocatable["cpu"])
+    for name, need in requests(template).items():
+        best.requested[name] += need
     return best

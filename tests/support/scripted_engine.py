@@ -1,13 +1,14 @@
-"""An engine that says what it is told to: for what no real model can be made to do at will.
+"""An engine that follows a script, for behavior that a real model cannot be made to show.
 
 The last user turn is the script, one of
 
-    say TEXT            the text, as a tuned model writes it (an empty header line first)
+    say TEXT            the text, as a fine-tuned model writes it (an empty header line first)
     raw TEXT            the text from the first character on, header and all
     count N SECONDS     N tokens, the seconds before each
     fail N              N tokens, then an exception
     refuse              a UserError before the first token
-    broken              a BrokenModel before the first token
+    broken              a ModelError before the first token
+    steps SCRIPTS       scripts separated by lines `---`: the n-th after n - 1 results of tools
 """
 
 import json
@@ -15,18 +16,18 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
-from entrypoints.answer import decode
+from entrypoints.chat_format.answer_parser import decode
+from entrypoints.chat_format.prompt import PromptFormat
+from entrypoints.chat_format.sampling import Sampling
 from entrypoints.checkpoint.tokenizer import Tokenizer
 from entrypoints.engines.base import Token
-from entrypoints.errors import BrokenModel, UserError
-from entrypoints.prompt import PromptFormat
-from entrypoints.sampling import Sampling
+from entrypoints.errors import ModelError, UserError
 
-FEATURES = frozenset({"seed", "top_logprobs", "repetition_penalty", "frequency_penalty", "presence_penalty"})
+FEATURES = frozenset({"seed", "top_logprobs", "repetition_penalty", "frequency_penalty", "presence_penalty", "grammar"})
 
 
 class ScriptedEngine:
-    """Follows the Engine protocol; `prompts` and `samplings` are what was asked, `running` what runs now."""
+    """Implements Engine; `prompts` and `samplings` record the calls, `running` counts the ones in progress."""
 
     name = "scripted"
     features = FEATURES
@@ -35,19 +36,19 @@ class ScriptedEngine:
         self,
         tokenizer: Tokenizer,
         slots: int = 2,
-        window: int = 2048,
+        context_length: int = 2048,
         adapters: Mapping[str, PromptFormat] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.slots = slots
-        self.window = window
+        self.context_length = context_length
         self.adapters = dict(adapters or {})
         self.prompt_format = PromptFormat()
-        self.broken: str | None = None
+        self.fatal_error: str | None = None
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
         self.running = 0
-        self.most_running = 0
+        self.max_running = 0
         self.closed = False
         self._guard = threading.Lock()
 
@@ -58,14 +59,14 @@ class ScriptedEngine:
         adapter: str | None = None,
         cancelled: threading.Event | None = None,
     ) -> Generator[Token, None, None]:
-        """Act the script out."""
+        """Follow the script."""
         with self._guard:
             self.prompts.append(list(prompt))
             self.samplings.append(sampling)
             self.running += 1
-            self.most_running = max(self.most_running, self.running)
+            self.max_running = max(self.max_running, self.running)
         try:
-            for number, step in enumerate(self._steps(script_of(prompt, self.tokenizer))):
+            for number, step in enumerate(self._steps(script_of(prompt, self.tokenizer), prompt)):
                 if number >= sampling.max_new_tokens:
                     return
                 if isinstance(step, Exception):
@@ -79,42 +80,45 @@ class ScriptedEngine:
                 self.running -= 1
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        """One by one."""
+        """Answers one by one."""
         return [list(map(int, self.generate(prompt, sampling))) for prompt in prompts]
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Record that it was closed."""
         self.closed = True
 
-    def _steps(self, script: str) -> Iterator[tuple[float, int] | Exception]:
+    def _steps(self, script: str, prompt: Sequence[int]) -> Iterator[tuple[float, int] | Exception]:
         verb, _, rest = script.partition(" ")
-        words = rest.split()
-        if verb == "say":
+        arguments = rest.split()
+        if verb == "steps":
+            results = list(prompt).count(self.tokenizer.special_token_id("<|observation|>"))
+            yield from self._steps(rest.split("\n---\n")[results], prompt)
+        elif verb == "say":
             yield from ((0, id_) for id_ in [*self.tokenizer.encode("\n"), *self.tokenizer.encode(rest)])
         elif verb == "raw":
-            # as the model writes it: a header line, then the body with a dummy prefix of its own
+            # as the model writes it: a header line, then the body, encoded separately
             head, newline, body = rest.partition("\n")
             ids = [*self.tokenizer.encode(head + newline), *(self.tokenizer.encode(body) if body else [])]
             yield from ((0, id_) for id_ in ids)
         elif verb == "ids":
             yield from ((0, id_) for id_ in json.loads(rest))
         elif verb in ("count", "fail"):
-            for number in range(int(words[0])):
-                yield float(words[1]) if len(words) > 1 else 0, self.tokenizer.encode(f"{number % 10}")[-1]
+            for number in range(int(arguments[0])):
+                yield float(arguments[1]) if len(arguments) > 1 else 0, self.tokenizer.encode(f"{number % 10}")[-1]
             if verb == "fail":
                 yield RuntimeError("the script says so")
         elif verb == "refuse":
             yield UserError("the engine refuses", "ask otherwise")
         elif verb == "broken":
-            yield BrokenModel("the model computes nonsense", "load another")
+            yield ModelError("the model computes nonsense", "load another")
 
 
 def script_of(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The text of the last user turn of a prompt; of the whole prompt if it has no turns."""
+    """The text of the last user turn of a prompt, or the whole prompt if it has no turns."""
     ids = list(prompt)
     user, ends = (
-        tokenizer.control("<|user|>"),
-        {tokenizer.control(f"<|{role}|>") for role in ("assistant", "observation")},
+        tokenizer.special_token_id("<|user|>"),
+        {tokenizer.special_token_id(f"<|{role}|>") for role in ("assistant", "observation")},
     )
     if user in ids:
         ids = ids[len(ids) - ids[::-1].index(user) :]
@@ -123,8 +127,8 @@ def script_of(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Poll until it holds; raises AssertionError after `seconds`, which only a test that fails waits for."""
+    """Poll until the condition is true; raises AssertionError after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come true"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.005)

@@ -1,13 +1,12 @@
-"""`glm serve` with the scripted engine in place of a real one: starts at once, and does what no model does at will.
+"""`glm serve` with the scripted engine: starts at once, and simulates behavior that no real model shows on demand.
 
-Of the environment: SCRIPTED_GATE, a file that must be there before it is loaded; SCRIPTED_LOAD_ERROR (user, defect) if
-loading fails; SCRIPTED_STUBBORN if a token takes its seconds whoever leaves.
+Environment: SCRIPTED_GATE, a file that must exist before loading ends; SCRIPTED_LOAD_ERROR (user, defect), the error of
+loading; SCRIPTED_UNINTERRUPTIBLE, a delay before a token cannot be cancelled.
 """
 
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from scripted_engine import ScriptedEngine
@@ -15,27 +14,30 @@ from scripted_engine import ScriptedEngine
 from entrypoints.__main__ import main
 from entrypoints.checkpoint.tokenizer import load_tokenizer
 from entrypoints.engines import loading
+from entrypoints.engines.options import EngineOptions
 from entrypoints.errors import UserError
 
 
-class Stubborn(ScriptedEngine):
-    """Hears that nobody wants an answer only between two tokens, like a model in a long step."""
+class UninterruptibleEngine(ScriptedEngine):
+    """Notices cancellation only between two tokens, like a model in a long forward pass."""
 
     def generate(self, prompt, sampling, adapter=None, cancelled=None):
         return super().generate(prompt, sampling, adapter, None)
 
 
-def load(engine: str, model: Path, adapters: Mapping[str, Path], slots: int = 1, **more: object) -> ScriptedEngine:
-    """In place of engines.loading.load."""
+def load_engine(model: Path, options: EngineOptions) -> ScriptedEngine:
+    """Replaces engines.loading.load_engine."""
     while "SCRIPTED_GATE" in os.environ and not Path(os.environ["SCRIPTED_GATE"]).exists():
         time.sleep(0.01)
     kind = os.environ.get("SCRIPTED_LOAD_ERROR")
     if kind:
         raise UserError("the weights are damaged", "fetch them again") if kind == "user" else ValueError("a defect")
-    return (Stubborn if "SCRIPTED_STUBBORN" in os.environ else ScriptedEngine)(load_tokenizer(model), slots)
+    return (UninterruptibleEngine if "SCRIPTED_UNINTERRUPTIBLE" in os.environ else ScriptedEngine)(
+        load_tokenizer(model), options.slots
+    )
 
 
 if __name__ == "__main__":
-    loading.check = lambda *arguments: None
-    loading.load = load
+    loading.check_engine_options = lambda model, options: None
+    loading.load_engine = load_engine
     sys.exit(main(["serve", *sys.argv[1:]]))

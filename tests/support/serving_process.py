@@ -1,4 +1,4 @@
-"""A real server in a process of its own, and plain sockets to talk to it: what a test sees is what a caller sees."""
+"""A real server in its own process, and plain sockets to talk to it: a test sees what a client sees."""
 
 import contextlib
 import http.client
@@ -18,13 +18,13 @@ LISTENING = re.compile(r"listening on http://\S+:(\d+)")
 
 
 class Server:
-    """`glm serve ...` on a free port; `log` is what it has printed on stderr so far.
+    """`glm serve ...` on a free port; `log` is its stderr so far.
 
-    On one core by default: two threads of a tiny model wait for each other as soon as something else wants the other.
+    It runs on one CPU by default: two threads of a tiny model wait for each other when another process needs a CPU.
     """
 
     def __init__(
-        self, argv: Sequence[str | Path], log: Path, env: dict[str, str] | None = None, one_core: bool = True
+        self, argv: Sequence[str | Path], log: Path, env: dict[str, str] | None = None, one_cpu: bool = True
     ) -> None:
         self._log = log
         clean = {name: value for name, value in os.environ.items() if name not in ("API_KEY", "API_KEYS_FILE")}
@@ -34,7 +34,7 @@ class Server:
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 env={**clean, "LOG_LEVEL": "info", **(env or {})},
-                preexec_fn=take_one_core if one_core else None,
+                preexec_fn=pin_to_one_cpu if one_cpu else None,
             )
 
     @property
@@ -43,7 +43,7 @@ class Server:
 
     @property
     def port(self) -> int:
-        """Waits until it listens."""
+        """The port it listens on; waits until it listens."""
         return int(self.wait_for(LISTENING)[1])
 
     @property
@@ -51,16 +51,16 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def wait_for(self, pattern: str | re.Pattern, seconds: float = 120) -> re.Match:
-        """The first match in its log; raises AssertionError if it ends or the time is over before."""
+        """The first match in its log; raises AssertionError if the process exits or the time is over before."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.log)):
-            assert self.process.poll() is None, f"it ended with {self.process.returncode}: {self.log}"
+            assert self.process.poll() is None, f"the server exited with {self.process.returncode}: {self.log}"
             assert time.monotonic() < deadline, self.log
             time.sleep(0.02)
         return found
 
     def wait_ready(self, seconds: float = 180) -> "Server":
-        """Return when /readyz says so."""
+        """Return when /readyz returns 200."""
         deadline = time.monotonic() + seconds
         while self.request("GET", "/readyz")[0] != 200:
             assert self.process.poll() is None, self.log
@@ -71,7 +71,7 @@ class Server:
     def request(
         self, method: str, path: str, body: object = None, headers: dict | None = None, seconds: float = 60
     ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers (small letters) and body of one request on a connection of its own."""
+        """Status, headers (lower case) and body of one request on a new connection."""
         with contextlib.closing(self.connect(seconds)) as connection:
             content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
             connection.request(method, path, content, {"content-type": "application/json", **(headers or {})})
@@ -79,21 +79,21 @@ class Server:
             return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
 
     def post(self, path: str, body: object, headers: dict | None = None) -> dict:
-        """The JSON of an answer, whatever its status."""
+        """The JSON of a response, whatever its status."""
         return json.loads(self.request("POST", path, body, headers)[2])
 
     def connect(self, seconds: float = 60) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
 
-    def leave(self, path: str, body: dict, seconds: float) -> None:
-        """Ask, and hang up without having read a byte."""
+    def send_and_disconnect(self, path: str, body: dict, seconds: float) -> None:
+        """Send a request and disconnect after `seconds` without reading a byte."""
         with contextlib.closing(self.connect()) as connection:
             connection.request("POST", path, json.dumps(body).encode(), {"content-type": "application/json"})
             time.sleep(seconds)
 
     @contextlib.contextmanager
     def stream(self, path: str, body: dict, headers: dict | None = None) -> Iterator[http.client.HTTPResponse]:
-        """An answer that is still coming; leaving hangs up."""
+        """A response that is still streaming; leaving the context disconnects."""
         with contextlib.closing(self.connect()) as connection:
             connection.request(
                 "POST", path, json.dumps(body).encode(), {"content-type": "application/json", **(headers or {})}
@@ -101,7 +101,7 @@ class Server:
             yield connection.getresponse()
 
     def metric(self, line: str) -> float:
-        """Value of one line of /metrics; 0 if it is not there."""
+        """Value of one line of /metrics; 0 if it is missing."""
         text = self.request("GET", "/metrics")[2].decode()
         return next((float(row.split()[-1]) for row in text.splitlines() if row.startswith(line + " ")), 0.0)
 
@@ -113,18 +113,18 @@ class Server:
         return self.process.wait(seconds)
 
 
-def take_one_core() -> None:
-    """Stay on the last core that this process may use."""
+def pin_to_one_cpu() -> None:
+    """Pin this process to the last CPU that it may use."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 @contextlib.contextmanager
 def serving(
-    argv: Sequence[str | Path], log: Path, env: dict[str, str] | None = None, one_core: bool = True
+    argv: Sequence[str | Path], log: Path, env: dict[str, str] | None = None, one_cpu: bool = True
 ) -> Iterator[Server]:
-    """A server that is gone afterwards, whatever happened."""
-    server = Server([*argv, *(() if "--port" in argv else ("--port", "0"))], log, env, one_core)
+    """A server that is stopped afterwards in every case."""
+    server = Server([*argv, *(() if "--port" in argv else ("--port", "0"))], log, env, one_cpu)
     try:
         yield server
     finally:

@@ -1,6 +1,6 @@
-"""Whole runs of `glm train` in processes of their own, on the toy, in float32 on the CPU.
+"""Complete runs of `glm train` in separate processes, on the tiny model, in float32 on the CPU.
 
-A process takes seconds to import what it needs, so each run here shows several things at once.
+Each process imports for seconds, so each run here tests several properties.
 """
 
 import json
@@ -29,30 +29,30 @@ class Run:
     output: Path
 
     def losses(self) -> dict[int, float]:
-        """What it has logged, by step."""
+        """Logged losses by step."""
         history = json.loads((self.output / "trainer_state.json").read_text())["log_history"]
         return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
 @pytest.fixture(scope="session")
 def close() -> dict[str, float]:
-    """How near the losses of several processes are to those of one, for pytest.approx.
+    """Tolerance between the losses of several processes and of one, for pytest.approx.
 
-    One process adds up the gradients of four rows in another order than two processes with two rows each: in float32
-    the losses of six steps were seen to differ by 2e-6.
+    One process sums the gradients of four rows in another order than two processes with two rows each: in float32 the
+    losses of six steps differed by 2e-6.
     """
     return {"rel": 2e-5}
 
 
 @pytest.fixture(scope="session")
 def wait_for() -> Callable[[Path, subprocess.Popen], None]:
-    """Wait until a running process has made a file."""
+    """Wait until a running process has created a file."""
 
     def wait(file: Path, process: subprocess.Popen) -> None:
         deadline = time.monotonic() + 200
         while not file.exists():
             assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline, f"{file} did not come"
+            assert time.monotonic() < deadline, f"{file} was not created"
             time.sleep(0.05)
 
     return wait
@@ -68,7 +68,7 @@ def rows(sample_rows, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """No launcher's variables, no GPU."""
+    """Without the variables of a launcher and without GPUs."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in names}
     return kept | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
@@ -76,16 +76,16 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def start(toy_native, rows, environment) -> Callable[..., subprocess.Popen]:
-    """Start `glm train` (or `launcher` words that end in it, or it `inside` another command); later flags win."""
+    """Start `glm train`, if given by a `launcher` or `inside` another command; repeated flags override the first."""
 
     def begin(
-        output: Path, *words: object, launcher: tuple = (), inside: tuple = (), extra: dict | None = None
+        output: Path, *flags: object, launcher: tuple = (), inside: tuple = (), extra: dict | None = None
     ) -> subprocess.Popen:
-        common = [word for name, value in COMMON.items() for word in (f"--{name}", value)]
+        common = [part for name, value in COMMON.items() for part in (f"--{name}", value)]
         files = ["--model-name-or-path", toy_native, "--train-file", rows, "--output-dir", output]
-        command = [*inside, sys.executable, *launcher, "-m", "entrypoints", "train", *files, *common, *words]
+        command = [*inside, sys.executable, *launcher, "-m", "entrypoints", "train", *files, *common, *flags]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([str(word) for word in command], env=environment | (extra or {}), **pipes)
+        return subprocess.Popen([str(part) for part in command], env=environment | (extra or {}), **pipes)
 
     return begin
 
@@ -94,17 +94,17 @@ def start(toy_native, rows, environment) -> Callable[..., subprocess.Popen]:
 def run(start) -> Callable[..., Run]:
     """Start it and wait."""
 
-    def whole(output: Path, *words: object, **how) -> Run:
-        process = start(output, *words, **how)
+    def complete(output: Path, *flags: object, **how) -> Run:
+        process = start(output, *flags, **how)
         out, err = process.communicate(timeout=280)
         return Run(process.returncode, out, err, output)
 
-    return whole
+    return complete
 
 
 @pytest.fixture(scope="session")
 def alone(run, tmp_path_factory) -> Run:
-    """One process, batches of 4: what the others are held against."""
+    """One process, batches of 4: the reference of the other runs."""
     done = run(tmp_path_factory.mktemp("alone") / "out", "--per-device-train-batch-size", 4)
     assert done.code == 0, done.err
     return done

@@ -1,4 +1,4 @@
-"""Several processes learn what one learns, and a run that is cut off goes on. Traps: the list of reported pains."""
+"""Several processes have the losses of one, and an interrupted run can be resumed."""
 
 import contextlib
 import json
@@ -11,6 +11,7 @@ import subprocess
 import psutil
 import pytest
 import torch
+from canary import write_canary
 from processes import free_port
 from safetensors.torch import load_file
 from small_disk import with_small_disk
@@ -18,8 +19,8 @@ from small_disk import with_small_disk
 from entrypoints.checkpoint.manifest import check_manifest
 from entrypoints.checkpoint.native import open_native
 from entrypoints.errors import UserError
-from entrypoints.training import checkpoints
-from entrypoints.training.export import export
+from entrypoints.training.checkpoints import store
+from entrypoints.training.result.export import ExportOptions, export
 
 pytestmark = pytest.mark.timeout(900)  # several starts of several processes; on a busy machine each takes a minute
 TWO = ("--num-processes", 2, "--per-device-train-batch-size", 2)
@@ -46,110 +47,146 @@ TUTORIAL = {
 }
 
 
-def test_two_processes_have_the_losses_of_one_though_29500_is_taken(alone, run, tmp_path, close):
-    """G12: the port that torchrun would take."""
+def test_two_processes_have_the_losses_of_one_while_port_29500_is_in_use(alone, run, tmp_path, close):
+    """The default port of torchrun."""
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(OSError):  # taken by somebody else
+        with contextlib.suppress(OSError):  # already in use
             taken.bind(("127.0.0.1", 29500))
             taken.listen()
         done = run(tmp_path / "out", *TWO)
     assert (done.code, done.out) == (0, f"{tmp_path / 'out'}\n"), done.err
     assert done.losses() == pytest.approx(alone.losses(), **close)
-    assert done.err.count("step 6: loss") == 1  # rank 0 alone prints
+    assert done.err.count("step 6: loss") == 1  # only rank 0 logs
     assert check_manifest(tmp_path / "out", hashes=True) >= 7
 
 
-@pytest.fixture(scope="module", params=["zero2", "zero3", "tutorial"])
-def divided(request, run, tmp_path_factory):
-    """Two processes with DeepSpeed."""
+@pytest.fixture(scope="module", params=["zero2-offload", "zero3"])
+def divided(request, run, rows, tmp_path_factory):
+    """Two processes with DeepSpeed: zero2-offload, and zero3 under torchrun with scores of test rows."""
     folder = tmp_path_factory.mktemp(request.param)
-    name = request.param
-    if name == "tutorial":
-        name = folder / "deepspeed.json"
-        name.write_text(json.dumps(TUTORIAL))
-    done = run(folder / "out", *TWO, "--deepspeed", name)
-    assert done.code == 0, done.err
+    name, flags, launcher = request.param, TWO, ()
+    if name == "zero3":
+        lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)[:5]
+        (folder / "test.jsonl").write_text("".join(lines), encoding="utf-8")
+        flags = ("--predict-with-generate", "--test-file", folder / "test.jsonl", "--max-target-length", 64)
+        flags = (*flags, "--per-device-train-batch-size", 2, "--per-device-eval-batch-size", 2)
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    done = run(folder / "out", *flags, "--deepspeed", name, launcher=launcher)
+    assert (done.code, done.out) == (0, f"{folder / 'out'}\n"), done.err
     return request.param, done
 
 
-def test_zero_has_the_losses_of_one_process_and_saves_a_whole_model(divided, alone, close):
-    """G5: nothing in it is [0]; open_native compares every shape."""
+def test_zero_has_the_losses_of_one_process_and_saves_a_complete_model(divided, alone, close):
+    """No tensor is empty: open_native compares every shape."""
     _, done = divided
     assert done.losses() == pytest.approx(alone.losses(), **close)
     for folder in (done.output, done.output / "checkpoint-3"):
-        assert open_native(folder).files.size == open_native(alone.output).files.size
+        assert open_native(folder).files.nbytes == open_native(alone.output).files.nbytes
 
 
-def test_a_zero_checkpoint_is_the_tutorials_tree(divided):
+def test_a_zero_checkpoint_has_the_files_of_the_public_script(divided):
     _, done = divided
-    folder = done.output / "checkpoint-6"
-    names = {file.name for file in folder.iterdir()}
+    names = {file.name for file in (done.output / "checkpoint-6").iterdir()}
     assert names >= {"config.json", "global_step6", "latest", "rng_state_0.pth", "rng_state_1.pth", "tokenizer.json"}
     assert names >= {"model.safetensors", "trainer_state.json", "training_args.bin", "zero_to_fp32.py"}
-    beside = {file.name for file in done.output.iterdir()}
-    assert beside >= {"all_results.json", "train_results.json", "trainer_state.json", "model.safetensors"}
+    output = {file.name for file in done.output.iterdir()}
+    assert output >= {"all_results.json", "train_results.json", "trainer_state.json", "model.safetensors"}
 
 
-def test_one_process_goes_on_from_what_two_have_saved(divided, alone, run, tmp_path, close):
-    """G7: another world size; DeepSpeed's universal form of the checkpoint."""
+def test_under_torchrun_rank_0_answers_all_test_rows_although_they_do_not_divide(divided):
+    """No other process waits for the answers, which have any length: rank 0 generates after the others have ended."""
     name, done = divided
-    if name == "tutorial":
-        pytest.skip("the same stage as zero2")
+    if name != "zero3":
+        pytest.skip("only this run has test rows")
+    assert done.err.index("the answers can be scored") < done.err.index("step 1: loss")  # two rows, by the base model
+    answers = (done.output / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sorted(json.loads(answer)["index"] for answer in answers) == list(range(5))
+
+
+def test_one_process_resumes_from_a_checkpoint_of_two(divided, alone, run, tmp_path, close):
+    """Through DeepSpeed's universal checkpoint format."""
+    name, done = divided
     shutil.copytree(done.output / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
-    words = ("--per-device-train-batch-size", 4, "--deepspeed", name, "--resume", "auto")
-    resumed = run(tmp_path / "out", *words)
+    flags = ("--per-device-train-batch-size", 4, "--deepspeed", name, "--resume", "auto")
+    resumed = run(tmp_path / "out", *flags)
     assert resumed.code == 0, resumed.err
     assert resumed.losses() == pytest.approx(alone.losses(), **close)
 
 
-def test_shards_alone_are_exported_with_the_bases_settings(divided, toy_native, tmp_path):
-    """G6: what is left where somebody saved room; a lost shard is told."""
+def test_resumed_processes_have_the_same_losses(divided, run, tmp_path):
+    """Bitwise: DeepSpeed's own states load completely although torch.load accepts only tensors and listed classes."""
+    name, done = divided
+    shutil.copytree(done.output / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    resumed = run(tmp_path / "out", *TWO, "--deepspeed", name, "--resume", "auto")
+    assert resumed.code == 0, resumed.err
+    assert resumed.losses() == done.losses()
+
+
+def test_a_shard_that_would_run_code_ends_the_command_with_its_name(divided, run, tmp_path):
+    name, done = divided
+    if name != "zero3":
+        pytest.skip("the check is the same for every stage")
+    checkpoint = shutil.copytree(done.output / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    shard = min(checkpoint.glob("global_step3/*model_states.pt"))
+    write_canary(shard, tmp_path / "executed")
+    record = json.loads((checkpoint / "checkpoint.json").read_text())
+    record["files"][shard.relative_to(checkpoint).as_posix()] = shard.stat().st_size
+    (checkpoint / "checkpoint.json").write_text(json.dumps(record))
+    resumed = run(tmp_path / "out", "--deepspeed", "zero2", "--resume", "auto")
+    assert (resumed.code, resumed.out) == (1, "")
+    assert f"{shard.name} could run code when loaded (contains posix.mkdir); use another checkpoint" in resumed.err
+    assert "Traceback" not in resumed.err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_zero_shards_alone_are_exported_with_the_configuration_of_the_base_model(divided, toy_native, tmp_path):
+    """Some users delete the other files to save disk space. A missing shard is reported."""
     _, done = divided
     shards = shutil.copytree(done.output / "checkpoint-3", tmp_path / "shards")
-    whole = load_file(shards / "model.safetensors")
-    for number, file in enumerate(("config.json", "model.safetensors")):  # the settings go, then the weights too
+    saved = load_file(shards / "model.safetensors")
+    for number, file in enumerate(("config.json", "model.safetensors")):  # without configuration, then without weights
         (shards / file).unlink()
-        export(shards, tmp_path / f"plain-{number}", toy_native, "float16")
+        export(shards, tmp_path / f"plain-{number}", ExportOptions(toy_native, "float16"))
         plain = load_file(tmp_path / f"plain-{number}" / "model.safetensors")
-        assert set(plain) == set(whole)
-        assert all(torch.equal(plain[name], whole[name]) for name in whole)
+        assert set(plain) == set(saved)
+        assert all(torch.equal(plain[name], saved[name]) for name in saved)
     next(shards.glob("global_step3/*optim_states.pt")).unlink()
-    with pytest.raises(UserError, match="do not make a model"):
-        export(shards, tmp_path / "again", toy_native)
+    with pytest.raises(UserError, match="incomplete or damaged"):
+        export(shards, tmp_path / "again", ExportOptions(toy_native))
 
 
-def test_adapters_learn_under_zero3_with_offload_and_answer_test_rows(run, rows, tmp_path):
-    """The prefix and the LoRA are whole, what was frozen is not saved; G9: no process waits for another's answers."""
+def test_adapters_train_under_zero3_with_offload_and_answer_test_rows(run, rows, tmp_path):
+    """Prefix and LoRA are saved completely and frozen weights are not; all test rows are answered."""
     scored = ("--predict-with-generate", "--test-file", rows, "--max-target-length", 40)
     for method, file in (("ptuning", "prefix.safetensors"), ("lora", "adapter_model.safetensors")):
-        words = ("--pre-seq-len", 8, *scored) if method == "ptuning" else ()
+        flags = ("--pre-seq-len", 8, *scored) if method == "ptuning" else ()
         zero3 = ("--max-steps", 2, "--deepspeed", "zero3-offload")
-        done = run(tmp_path / method, *TWO, "--method", method, *words, *zero3)
+        done = run(tmp_path / method, *TWO, "--method", method, *flags, *zero3)
         assert done.code == 0, done.err
-        learnt = load_file(tmp_path / method / file)
-        assert all(tensor.abs().max() > 0 for tensor in learnt.values()), method  # a LoRA's second matrix begins at 0
+        trained = load_file(tmp_path / method / file)
+        assert all(tensor.abs().max() > 0 for tensor in trained.values()), method  # the second LoRA matrix starts at 0
         assert not list((tmp_path / method).glob("model*.safetensors"))
     answers = (tmp_path / "ptuning" / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(answers) == len(rows.read_text(encoding="utf-8").splitlines()) == 32  # all of them
+    assert len(answers) == len(rows.read_text(encoding="utf-8").splitlines()) == 32
 
 
-@pytest.mark.parametrize("preset", ["zero2-offload", "zero3-offload"])
-def test_what_lies_in_the_hosts_memory_gives_the_losses_of_one_process(preset, alone, run, tmp_path, close):
-    done = run(tmp_path / "out", *TWO, "--deepspeed", preset)
+def test_zero3_with_offload_has_the_losses_of_one_process(alone, run, tmp_path, close):
+    done = run(tmp_path / "out", *TWO, "--deepspeed", "zero3-offload")
     assert done.code == 0, done.err
     assert done.losses() == pytest.approx(alone.losses(), **close)
 
 
-def test_two_machines_meet_at_an_address_as_an_indexed_job_names_it(alone, start, tmp_path, close):
-    """Two launchers with a process each; the second one neither proves nor prints."""
-    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
-    words = ("--per-device-train-batch-size", 2)
-    machines = [
-        start(tmp_path / "out", *words, extra=place | {"JOB_COMPLETION_INDEX": f"{number}"}) for number in range(2)
+def test_two_nodes_of_an_indexed_job_train_together_with_the_file_of_the_tutorial(alone, start, tmp_path, close):
+    """Two launchers with one process each; the second node neither checks nor prints the result."""
+    (tmp_path / "deepspeed.json").write_text(json.dumps(TUTORIAL))
+    variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
+    flags = ("--per-device-train-batch-size", 2, "--deepspeed", tmp_path / "deepspeed.json")
+    nodes = [
+        start(tmp_path / "out", *flags, extra=variables | {"JOB_COMPLETION_INDEX": f"{number}"}) for number in range(2)
     ]
-    ends = [machine.communicate(timeout=280) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], ends
+    ends = [node.communicate(timeout=280) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], ends
     assert [out for out, _ in ends] == [f"{tmp_path / 'out'}\n", ""]
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert {entry["step"]: entry["loss"] for entry in history if "loss" in entry} == pytest.approx(
@@ -157,61 +194,42 @@ def test_two_machines_meet_at_an_address_as_an_indexed_job_names_it(alone, start
     )
 
 
-def test_under_torchrun_the_same_command_joins(alone, run, tmp_path, close):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    done = run(tmp_path / "out", "--per-device-train-batch-size", 2, launcher=torchrun)
-    assert (done.code, done.out) == (0, f"{tmp_path / 'out'}\n"), done.err
-    assert done.losses() == pytest.approx(alone.losses(), **close)
-
-
-def test_rows_that_do_not_divide_are_all_answered_after_zero3_under_torchrun(run, rows, tmp_path):
-    """G9: rank 0 answers alone, once the others are gone, with answers of any length."""
-    lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)[:5]
-    (tmp_path / "test.jsonl").write_text("".join(lines), encoding="utf-8")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    scored = ("--predict-with-generate", "--test-file", tmp_path / "test.jsonl", "--max-target-length", 40)
-    zero3 = ("--deepspeed", "zero3", "--max-steps", 2, "--per-device-eval-batch-size", 2)
-    done = run(tmp_path / "out", *scored, *zero3, launcher=torchrun)
-    assert (done.code, done.out) == (0, f"{tmp_path / 'out'}\n"), done.err
-    assert done.err.index("its answers are scored") < done.err.index("step 1: loss")  # two rows, by the base
-    answers = (tmp_path / "out" / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    assert sorted(json.loads(answer)["index"] for answer in answers) == list(range(5))
-
-
 @pytest.mark.parametrize(
     "launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)], ids=["glm", "torchrun"]
 )
-def test_a_containers_shared_memory_is_refused_whoever_starts_the_processes(launcher, run, tmp_path):
-    """J3: 64 MB, in a namespace of mounts where they are the real /dev/shm."""
-    own = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh")
-    if not shutil.which("unshare") or subprocess.run([*own, "true"], capture_output=True).returncode:
-        pytest.skip("only root can mount a /dev/shm of its own")
-    words = () if launcher else TWO
-    done = run(tmp_path / "out", *words, launcher=launcher, inside=own)
+def test_the_default_shared_memory_of_a_container_is_rejected_whatever_starts_the_processes(launcher, run, tmp_path):
+    """64 MB, mounted as /dev/shm in a mount namespace."""
+    mounted = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh")
+    if not shutil.which("unshare") or subprocess.run([*mounted, "true"], capture_output=True).returncode:
+        pytest.skip("only root can mount its own /dev/shm")
+    flags = () if launcher else TWO
+    done = run(tmp_path / "out", *flags, launcher=launcher, inside=mounted)
     assert (done.code, done.out) == (1, "")
-    assert "/dev/shm has 64 MB, and 2 processes pass their numbers through it" in done.err
+    assert "/dev/shm has 64 MB, and 2 processes exchange data through it" in done.err
     assert "--shm-size 8g" in done.err
     assert not (tmp_path / "out").exists()
 
 
-class TestCutOff:
-    """Runs that do not come to their end."""
+class TestInterrupted:
+    """Runs that end early."""
 
-    def test_sigterm_saves_ends_with_143_and_the_run_goes_on(self, alone, start, run, tmp_path, wait_for, close):
-        """Two processes, far more steps than there is time for; then one process takes the place of both."""
+    def test_sigterm_saves_a_checkpoint_exits_with_143_and_the_run_resumes(
+        self, alone, start, run, tmp_path, wait_for, close
+    ):
+        """Two processes are stopped; one process resumes."""
         output = tmp_path / "out"
         process = start(output, *TWO, "--save-steps", 1)
         wait_for(output / "checkpoint-1" / "checkpoint.json", process)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=200)
         assert process.returncode == 143, err
-        assert "told to stop (SIGTERM): saving step" in err
+        assert "received SIGTERM: saving step" in err
         assert not (output / "model.safetensors").exists()
         resumed = run(output, "--per-device-train-batch-size", 4, "--resume", "auto")
         assert resumed.code == 0, resumed.err
         assert resumed.losses() == pytest.approx(alone.losses(), **close)
 
-    def test_ctrl_c_saves_and_ends_with_130(self, start, tmp_path, wait_for):
+    def test_ctrl_c_saves_a_checkpoint_and_exits_with_130(self, start, tmp_path, wait_for):
         process = start(tmp_path / "out", "--max-steps", 2000, "--save-steps", 2000)
         wait_for(tmp_path / "out" / "runs", process)
         process.send_signal(signal.SIGINT)
@@ -219,10 +237,10 @@ class TestCutOff:
         assert process.returncode == 130, err
         assert len(list((tmp_path / "out").glob("checkpoint-*/checkpoint.json"))) == 1
 
-    def test_a_killed_process_ends_the_run_in_words_and_loses_no_checkpoint(
+    def test_if_a_worker_is_killed_the_run_stops_with_an_error_message_and_loses_no_checkpoint(
         self, alone, start, run, tmp_path, wait_for, close
     ):
-        """G10: -9 is what the kernel does where memory is short."""
+        """The kernel sends SIGKILL when the host runs out of memory."""
         output = tmp_path / "out"
         process = start(output, *TWO, "--save-steps", 1)
         wait_for(output / "checkpoint-2" / "checkpoint.json", process)
@@ -231,38 +249,40 @@ class TestCutOff:
         victim.kill()
         _, err = process.communicate(timeout=200)
         assert process.returncode == 1, err
-        assert "glm: process 1 was killed (SIGKILL): the machine ran out of memory, most likely" in err
+        assert "glm: process 1 was killed (SIGKILL): most likely the host ran out of memory" in err
         resumed = run(output, *TWO, "--resume", "auto")
         assert resumed.code == 0, resumed.err
         assert resumed.losses() == pytest.approx(alone.losses(), **close)
 
-    def test_a_killed_launcher_takes_its_processes_with_it_and_they_save_first(self, start, run, tmp_path, wait_for):
-        """SIGKILL cannot be passed on: the kernel tells the processes, which would go on for days otherwise."""
+    def test_if_the_launcher_is_killed_its_workers_save_a_checkpoint_and_end(self, start, tmp_path, wait_for):
+        """SIGKILL cannot be forwarded: the kernel sends SIGTERM to the workers, which would otherwise run on."""
         output = tmp_path / "out"
-        process = start(output, *TWO, "--max-steps", 2000, "--save-steps", 1, "--lr-scheduler-type", "constant")
+        flags = ("--max-steps", 2000, "--save-steps", 1, "--save-total-limit", 50, "--lr-scheduler-type", "constant")
+        process = start(output, *TWO, *flags)
         wait_for(output / "checkpoint-1" / "checkpoint.json", process)
         workers = [one for one in psutil.Process(process.pid).children(recursive=True) if "RANK" in one.environ()]
         assert len(workers) == 2
         process.kill()
-        _, err = process.communicate(timeout=200)  # a process that lived on would hold its end of the pipe
+        _, err = process.communicate(timeout=200)  # a worker that is still running would keep the pipe open
         assert not psutil.wait_procs(workers, timeout=200)[1]
-        assert "told to stop (SIGTERM): saving step" in err
-        saved = checkpoints.to_resume("auto", output).step
+        assert "received SIGTERM: saving step" in err
+        saved = store.find_checkpoint("auto", output).step
         assert saved == int(re.findall(r"saving step (\d+)", err)[-1])
-        words = ("--max-steps", saved + 1, "--lr-scheduler-type", "constant", "--resume", "auto")
-        assert run(output, *TWO, *words).code == 0
 
-    def test_a_full_disk_keeps_what_was_saved(self, start, tmp_path):
-        """A disk of 70 MB: one checkpoint of the toy (53 MB) fits and the next does not."""
-        listed = ("sh", "-c", '"$@"; code=$?; cd "$0/out" && echo checkpoint-*; exit $code', tmp_path)
-        process = start(tmp_path / "out", inside=(*with_small_disk(tmp_path, 70), *listed))
+    def test_a_full_disk_costs_neither_the_result_nor_earlier_checkpoints(self, start, tmp_path):
+        """Another program takes 155 of 250 MB at once after the first checkpoint: only the result still fits."""
+        fill = '{ until [ -e "$0/out/checkpoint-10" ]; do :; done; fallocate -l 155M "$0/other"; } & '
+        script = f'{fill} "$@"; code=$?; cd "$0/out" && echo checkpoint-* model*.safetensors; exit $code'
+        inside = (*with_small_disk(tmp_path, 250), "sh", "-c", script, tmp_path)
+        steps = ("--max-steps", 20, "--save-steps", 10)  # seconds between the two checkpoints, the file takes none
+        process = start(tmp_path / "out", *TWO, *steps, "--deepspeed", "zero2", inside=inside)
         out, err = process.communicate(timeout=200)
-        assert process.returncode == 1, err
-        assert "glm: saving checkpoint-6 failed" in err
-        assert out == "checkpoint-3\n"
+        assert process.returncode == 0, err
+        assert "saving checkpoint-20 failed" in err
+        assert out == f"{tmp_path / 'out'}\ncheckpoint-10 model.safetensors\n"
 
-    def test_a_mistake_of_a_worker_is_told_once(self, run, tmp_path):
-        """G4, in two processes: a rate at which the loss is no number any more."""
+    def test_an_error_in_all_workers_is_reported_once(self, run, tmp_path):
+        """A learning rate at which the loss is not finite."""
         done = run(tmp_path / "out", *TWO, "--learning-rate", 1e30)
         assert (done.code, done.out) == (1, "")
         assert done.err.count("glm: ") == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from entrypoints import logs
-from entrypoints.__main__ import JOBS, main
+from entrypoints.__main__ import COMMANDS, main
 from entrypoints.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -27,8 +27,8 @@ def own_environment(monkeypatch):
 
 
 @pytest.fixture
-def say_the_token(monkeypatch):
-    """The job `probe` logs the token in every way there is: message, argument, traceback, a library's logger."""
+def log_the_token(monkeypatch):
+    """The command `probe` logs the token in a message, an argument, a traceback and a library's logger."""
 
     def run(args, settings):
         logger = logging.getLogger("entrypoints.probe")
@@ -41,14 +41,14 @@ def say_the_token(monkeypatch):
             logger.exception("failed")
         logging.getLogger("huggingface_hub.file_download").warning("GET with %s", token)
 
-    module = types.ModuleType("entrypoints.jobs.probe", "A job of the tests.")
+    module = types.ModuleType("entrypoints.jobs.probe", "A command of the tests.")
     module.add_arguments, module.run = lambda parser: None, run
-    monkeypatch.setitem(JOBS, "probe", "a job of the tests")
+    monkeypatch.setitem(COMMANDS, "probe", "a command of the tests")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
-def test_json_logs_are_one_object_a_line(say_the_token, monkeypatch, capsys):
+def test_json_logs_are_one_object_per_line(log_the_token, monkeypatch, capsys):
     monkeypatch.setenv("LOG_FORMAT", "json")
     assert main(["probe"]) == 0
     out, err = capsys.readouterr()
@@ -62,7 +62,7 @@ def test_json_logs_are_one_object_a_line(say_the_token, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_a_token_never_reaches_a_log(log_format, say_the_token, capsys):
+def test_a_token_never_reaches_a_log(log_format, log_the_token, capsys):
     assert main(["probe", "--log-format", log_format, "--log-level", "debug"]) == 0
     out, err = capsys.readouterr()
     assert err.count("***") == 4
@@ -71,21 +71,21 @@ def test_a_token_never_reaches_a_log(log_format, say_the_token, capsys):
     assert "QuiteSecret" not in out + err
 
 
-def test_text_logs_are_lines_with_time_level_and_logger(say_the_token, capsys):
+def test_text_logs_are_lines_with_time_level_and_logger(log_the_token, capsys):
     main(["probe"])
     assert re.match(r"\d\d:\d\d:\d\d INFO entrypoints\.probe: plain \*\*\*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("first", ["logs", "library"])
-def test_a_library_cannot_print_past_our_handler(first, capsys):
-    """transformers, datasets, huggingface_hub and jieba give themselves a handler when they are imported."""
+def test_a_library_cannot_bypass_the_root_handler(first, capsys):
+    """transformers, datasets, huggingface_hub and jieba add a handler to their logger when they are imported."""
 
     def as_transformers_does():
         library = logging.getLogger("transformers")
         library.addHandler(logging.StreamHandler(sys.stderr))
         library.propagate = False
 
-    steps = [lambda: logs.set_up("json", secrets=[TOKEN]), as_transformers_does]
+    steps = [lambda: logs.configure("json", secrets=[TOKEN]), as_transformers_does]
     for step in steps if first == "logs" else reversed(steps):
         step()
     logging.getLogger("transformers.modeling_utils").warning("with %s", TOKEN)
@@ -94,22 +94,22 @@ def test_a_library_cannot_print_past_our_handler(first, capsys):
     assert json.loads(err)["message"] == "with ***"
 
 
-def test_libraries_are_quiet_below_a_warning_and_follow_a_stricter_level(capsys):
-    logs.set_up(level="debug")
+def test_libraries_log_from_warning_on_or_from_a_stricter_level(capsys):
+    logs.configure(level="debug")
     logging.getLogger("datasets").info("chatter")
     logging.getLogger("entrypoints.x").debug("ours")
-    logs.set_up(level="error")
+    logs.configure(level="error")
     logging.getLogger("datasets").warning("less chatter")
     assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == ["ours"]
 
 
-def test_no_logger_of_the_real_libraries_keeps_a_handler_of_its_own_and_a_clean_start_says_nothing():
-    """bitsandbytes, which PEFT imports, would warn of what a processor with AVX512_BF16 lacks."""
+def test_no_library_logger_keeps_a_handler_and_a_clean_start_logs_nothing():
+    """bitsandbytes, which PEFT imports, would warn about a kernel that CPUs with AVX512_BF16 lack."""
     script = """
 import logging
 from entrypoints import logs
-logs.set_up()
-import entrypoints.engines.transformers_engine, entrypoints.training.trainer, peft, huggingface_hub
+logs.configure()
+import entrypoints.engines.transformers.engine, entrypoints.training.run, peft, huggingface_hub
 own = {name for name in logs.LIBRARIES if logging.getLogger(name).handlers or not logging.getLogger(name).propagate}
 assert not own, own
 """
@@ -117,8 +117,8 @@ assert not own, own
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_every_line_of_a_real_job_is_json_where_json_is_wanted(toy_original, tmp_path):
-    """Nobody watches a bar in a log file, and a bar in front of it would spoil the line."""
+def test_every_line_of_a_real_command_is_json_in_json_mode(toy_original, tmp_path):
+    """There is no progress bar in JSON mode: it would break the lines of a log file."""
     env = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {"LOG_FORMAT": "json"}
     words = [sys.executable, "-m", "entrypoints", "convert", toy_original, tmp_path / "native"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, env=env, check=True)

@@ -1,4 +1,4 @@
-"""vLLM's engine from start to end: what is refused before it starts, what it prints, how it ends."""
+"""The processes of vLLM: what is rejected before they start, what they print, how they end."""
 
 import json
 import shutil
@@ -17,18 +17,19 @@ from reference import greedy, reference_answers
 from safetensors.torch import load_file
 from transformers import GlmConfig, GlmForCausalLM
 
-from entrypoints.answer import decode
+from entrypoints.chat_format.answer_parser import decode
 from entrypoints.checkpoint.tokenizer import TOKENIZER_FILE
 from entrypoints.engines.base import Engine
-from entrypoints.engines.guard import INTERVAL_SECONDS
-from entrypoints.engines.vllm_engine import VllmEngine
+from entrypoints.engines.options import EngineOptions
+from entrypoints.engines.vllm.child_watchdog import INTERVAL_SECONDS
+from entrypoints.engines.vllm.engine import VllmEngine
 from entrypoints.errors import UserError
 
-LONG = 900  # tokens of an answer that is still running when something happens to it
+LONG = 900  # tokens of an answer that is interrupted
 
 
 def processes() -> list[psutil.Process]:
-    """vLLM's, without Python's own tracker."""
+    """The processes of vLLM, without Python's resource tracker."""
     children = psutil.Process().children(recursive=True)
     return [child for child in children if child.status() != "zombie" and "VLLM" in "".join(child.cmdline())]
 
@@ -54,12 +55,12 @@ def in_background(call: Callable[[], object]) -> tuple[threading.Thread, list[Ba
 
 
 def start(model: Path, **other: object) -> Engine:
-    return VllmEngine.load(model, {}, slots=2, **({"dtype": "float32"} | other))
+    return VllmEngine.load(model, EngineOptions(slots=2, **({"dtype": "float32"} | other)))
 
 
 @pytest.fixture
 def wide_golden(golden_native: Path, tmp_path: Path) -> Path:
-    """The real vocabulary on random weights: vLLM's kernels for processors have no heads of 16, as the reference's."""
+    """The real vocabulary with random weights; vLLM's CPU kernels do not support the reference's head_dim of 16."""
     folder = tmp_path / "model"
     torch.manual_seed(1)
     config = GlmConfig.from_pretrained(golden_native, head_dim=32, num_hidden_layers=1)
@@ -92,11 +93,13 @@ def test_the_real_vocabulary_gives_the_same_ids_and_json(golden: Path, wide_gold
 def test_layers_split_over_two_processes_give_the_same_answers(
     toy: Path, lora: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ):
-    """What two GPUs would do, on two processes without any."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # it wants a memory bank for each process otherwise
+    """Tensor parallelism over two processes on the CPU, in place of two GPUs."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # otherwise it needs a NUMA node per process
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    engine = VllmEngine.load(toy, {"tuned": lora}, slots=4, dtype="float32", tensor_parallel_size=2)
-    few, short = prompts[2:18:4], 8  # the processes wait for each other at every layer, which is slow on a busy machine
+    engine = VllmEngine.load(
+        toy, EngineOptions(adapters={"tuned": lora}, slots=4, dtype="float32", tensor_parallel_size=2)
+    )
+    few, short = prompts[2:18:4], 8  # the processes synchronize at every layer, which is slow on a busy machine
     try:
         assert len(processes()) == 3
         plain = [answer[:short] for answer in reference_answers(toy, few)]
@@ -107,25 +110,25 @@ def test_layers_split_over_two_processes_give_the_same_answers(
         engine.close()
 
 
-def test_prefix_adapters_are_refused_before_vllm_starts(toy: Path, prefix: Path, lora: Path):
+def test_prefix_adapters_are_rejected_before_vllm_starts(toy: Path, prefix: Path, lora: Path):
     started = time.monotonic()
     with pytest.raises(UserError, match=r"P-Tuning v2.*: soft; .*--engine transformers"):
-        VllmEngine.load(toy, {"tuned": lora, "soft": prefix}, slots=2)
+        VllmEngine.load(toy, EngineOptions(adapters={"tuned": lora, "soft": prefix}, slots=2))
     assert time.monotonic() - started < 2
     assert not processes()
 
 
-def test_another_device_than_vllms_is_refused(toy: Path):
+def test_a_device_that_vllm_was_not_built_for_is_rejected(toy: Path):
     with pytest.raises(UserError, match="built for cpu, not for --device cuda"):
         start(toy, device="cuda")
 
 
-def test_more_slots_than_memory_are_refused_before_vllm_starts(toy: Path):
+def test_slots_that_exceed_the_memory_are_rejected_before_vllm_starts(toy: Path):
     with pytest.raises(UserError, match=r"1000000 slots of 1024 tokens needs .* GB"):
-        VllmEngine.load(toy, {}, slots=10**6)
+        VllmEngine.load(toy, EngineOptions(slots=10**6))
 
 
-def test_what_vllm_cannot_load_is_an_error_that_leaves_nothing_behind(toy: Path):
+def test_a_failed_start_raises_an_error_and_leaves_no_process_behind(toy: Path):
     with pytest.raises(RuntimeError, match="vLLM cannot load"):
         start(toy, dtype="float8_e4m3fn")
     assert not processes()
@@ -133,7 +136,7 @@ def test_what_vllm_cannot_load_is_an_error_that_leaves_nothing_behind(toy: Path)
 
 
 def test_closing_ends_running_answers_with_an_error(toy: Path, capfd: pytest.CaptureFixture):
-    """And while it ran, nothing came to stdout, and Ctrl-C would not have reached its processes."""
+    """It also prints nothing to stdout, and its processes block Ctrl-C."""
     engine = start(toy)
     assert len(processes()) == 2
     assert all(blocks(process, signal.SIGINT) and not blocks(process, signal.SIGTERM) for process in processes())
@@ -147,14 +150,14 @@ def test_closing_ends_running_answers_with_an_error(toy: Path, capfd: pytest.Cap
     with pytest.raises(RuntimeError, match="the engine was closed"):
         next(engine.generate([700, 701], greedy()))
     engine.close()
-    assert engine.broken is None
+    assert engine.fatal_error is None
     assert not processes()
     assert capfd.readouterr().out == ""
 
 
-def test_a_dead_engine_says_so_and_ends_its_answers_with_an_error(toy: Path):
+def test_a_dead_engine_is_reported_and_ends_its_answers_with_an_error(toy: Path):
     engine = start(toy)
-    assert engine.broken is None
+    assert engine.fatal_error is None
     tokens = engine.generate([700, 701], greedy(LONG))
     next(tokens)
     thread, errors = in_background(lambda: list(tokens))
@@ -162,7 +165,7 @@ def test_a_dead_engine_says_so_and_ends_its_answers_with_an_error(toy: Path):
         process.kill()
     thread.join(timeout=10)
     assert [type(error) for error in errors] == [RuntimeError]
-    assert engine.broken == "vLLM's engine died"
+    assert engine.fatal_error == "vLLM's engine died"
     with pytest.raises(RuntimeError, match="vLLM"):
         list(engine.generate([700, 701], greedy()))
     engine.close()
@@ -171,16 +174,17 @@ def test_a_dead_engine_says_so_and_ends_its_answers_with_an_error(toy: Path):
 SERVER = """
 import sys, time
 from pathlib import Path
-from entrypoints.engines.vllm_engine import VllmEngine
+from entrypoints.engines.options import EngineOptions
+from entrypoints.engines.vllm.engine import VllmEngine
 if __name__ == "__main__":
-    VllmEngine.load(Path(sys.argv[1]), {}, slots=2, dtype="float32")
+    VllmEngine.load(Path(sys.argv[1]), EngineOptions(slots=2, dtype="float32"))
     print("ready", flush=True)
     time.sleep(600)
 """
 
 
 def test_a_server_that_is_killed_takes_its_engine_with_it(toy: Path, tmp_path: Path):
-    """vLLM's processes by themselves go on for ever and keep their memory."""
+    """Without the watchdog the processes of vLLM would run on and keep their memory."""
     program = tmp_path / "server.py"
     program.write_text(SERVER)
     with subprocess.Popen([sys.executable, program, toy], stdout=subprocess.PIPE, text=True) as server:

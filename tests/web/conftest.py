@@ -1,7 +1,8 @@
-"""A scripted server, the pages in front of it, and a browser; what the tests of pages share."""
+"""What the tests of the web pages share: a scripted server, the pages connected to it, a browser, a training run."""
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -10,17 +11,18 @@ from pathlib import Path
 
 import browsing
 import pytest
-from browsing import NewPage
+from browsing import NewPage, Visitors
 from chat_drivers import DRIVERS, ChatDriver
+from playwright.sync_api import Browser
 from processes import PAGE_KEY, SLOW_KEYS, SUPPORT, Process, free_port, glm
 
-SHOTS = Path(__file__).parent / "screenshots"
+SCREENSHOTS = Path(__file__).parent / "screenshots"
 
 browser, new_page = browsing.browser, browsing.new_page  # fixtures
 
 
 class ScriptedApi:
-    """The scripted server; `record` is what it was asked."""
+    """The scripted server; `record` lists the prompts it received."""
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.port, self.folder, self.model = free_port(), folder, model
@@ -41,16 +43,16 @@ class ScriptedApi:
         self.process.end(signal.SIGKILL)
 
     def record(self) -> list[dict]:
-        """One entry for each answer, in the order of their ends."""
+        """One entry per answer, in the order in which they ended."""
         if not self.file.is_file():
             return []
         return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
 
 
 class Served:
-    """A page as a process, with the file of all it asked for outside this machine."""
+    """A page as a process; the file `outside` lists the hosts outside this machine that it contacted."""
 
-    def __init__(self, ui: str, folder: Path, *words: object, path: str = "", **environment: str) -> None:
+    def __init__(self, ui: str, folder: Path, *arguments: object, path: str = "", **environment: str) -> None:
         port = free_port()
         folder.mkdir()
         self.outside = folder / "outside"
@@ -58,9 +60,9 @@ class Served:
         self.host = f"http://127.0.0.1:{port}"
         self.address = f"{self.host}{path}/"
         self.process = Process(
-            glm("web", "--ui", ui, "--port", port, *words),
+            glm("web", "--ui", ui, "--port", port, *arguments),
             folder / "page.log",
-            PYTHONPATH=str(SUPPORT / "lonely"),
+            PYTHONPATH=os.pathsep.join([str(SUPPORT / "lonely"), os.environ.get("PYTHONPATH", "")]),
             OUTSIDE_FILE=str(self.outside),
             **environment,
         )
@@ -76,11 +78,11 @@ def scripted_api(toy_native: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def serve_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Served]]:
-    """Start a page; all end with the session."""
+    """Start a page; all pages stop at the end of the session."""
     started: list[Served] = []
 
-    def start(ui: str, *words: object, **options: str) -> Served:
-        started.append(Served(ui, tmp_path_factory.mktemp("page") / ui, *words, **options))
+    def start(ui: str, *arguments: object, **options: str) -> Served:
+        started.append(Served(ui, tmp_path_factory.mktemp("page") / ui, *arguments, **options))
         return started[-1]
 
     yield start
@@ -90,12 +92,13 @@ def serve_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
 
 @pytest.fixture(scope="session")
 def chat_pages(scripted_api: ScriptedApi, serve_page: Callable[..., Served]) -> Callable[[str], Served]:
-    """Both chat pages in front of the scripted server, each started when it is first needed."""
+    """Both chat pages, connected to the scripted server; each starts when it is first needed."""
     pages: dict[str, Served] = {}
 
     def get(ui: str) -> Served:
         if ui not in pages:
-            pages[ui] = serve_page(ui, "--api", scripted_api.url, "--api-key-env", "PAGE_KEY", PAGE_KEY=PAGE_KEY)
+            source = ("--api", scripted_api.url, "--api-key-env", "PAGE_KEY")
+            pages[ui] = serve_page(ui, *source, "--feedback-dir", scripted_api.folder / ui, PAGE_KEY=PAGE_KEY)
         return pages[ui]
 
     return get
@@ -108,42 +111,62 @@ def ui(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def visit(ui: str, chat_pages: Callable[[str], Served], new_page: NewPage) -> Callable[..., ChatDriver]:
-    """Open the page as a new visitor."""
+    """Open the page as a new visitor; needed by a test that changes settings."""
 
-    def make(**options: object) -> ChatDriver:
+    def open_page(**options: object) -> ChatDriver:
         return DRIVERS[ui](new_page(**options), chat_pages(ui).address).open()
 
-    return make
+    return open_page
+
+
+@pytest.fixture(scope="module")
+def shared_visitors(browser: Browser) -> Iterator[tuple[Visitors, dict[str, ChatDriver]]]:
+    """An open page per UI for the tests of a module: opening one takes seconds."""
+    visitors = Visitors(browser)
+    yield visitors, {}
+    visitors.close()
 
 
 @pytest.fixture
-def chat(visit: Callable[..., ChatDriver]) -> ChatDriver:
-    return visit()
+def chat(
+    ui: str, chat_pages: Callable[[str], Served], shared_visitors: tuple[Visitors, dict[str, ChatDriver]]
+) -> Iterator[ChatDriver]:
+    """The page with an empty conversation and default settings; the tests of a module share one browser page per UI."""
+    visitors, open_pages = shared_visitors
+    driver = open_pages.pop(ui, None) or DRIVERS[ui](visitors.new_page(), chat_pages(ui).address).open()
+    driver.clear()
+    yield driver
+    if not driver.stop_button().count() and driver.button("clear").is_enabled():
+        open_pages[ui] = driver  # otherwise an answer is in progress, because the test failed
+    problems = visitors.problems[:]
+    visitors.problems.clear()
+    assert problems == []
 
 
 @pytest.fixture(scope="session")
 def training_run(toy_native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy tuned for seconds on small talk, with the records of its run."""
+    """The output directory of a short fine-tuning run; longer for the pictures, which show its predictions."""
+    steps = 80 if os.environ.get("GLM_PICTURES") else 20
     folder = tmp_path_factory.mktemp("run")
     chat = resources.files("entrypoints.demo").joinpath("chat.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, chat) if not row["history"]][:8]
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    words = {
+    flags = {
         "--model-name-or-path": toy_native, "--train-file": file, "--validation-file": file, "--test-file": file,
-        "--output-dir": folder / "tuned", "--max-steps": 20, "--per-device-train-batch-size": 8,
-        "--learning-rate": 4e-3, "--warmup-steps": 5, "--logging-steps": 2, "--save-steps": 10,
-        "--max-target-length": 32,  # what the answers may take, with the base model before and the tuned one after
+        "--output-dir": folder / "tuned", "--max-steps": steps, "--per-device-train-batch-size": 8,
+        "--learning-rate": 4e-3, "--warmup-steps": 5, "--logging-steps": 2, "--save-steps": steps // 2,
+        "--max-target-length": 32,  # limits the time for the answers of the base and the tuned model
     }  # fmt: skip
-    command = glm("train", "--predict-with-generate", *(part for pair in words.items() for part in pair))
+    command = glm("train", "--predict-with-generate", *(part for pair in flags.items() for part in pair))
     training = Process(command, folder / "log")
     assert training.popen.wait(240) == 0, training.output()
     return folder / "tuned"
 
 
 @pytest.fixture(scope="session")
-def shots() -> Path:
+def screenshots() -> Path:
     """Folder of screenshots, emptied at the start."""
-    shutil.rmtree(SHOTS, ignore_errors=True)
-    SHOTS.mkdir()
-    return SHOTS
+    shutil.rmtree(SCREENSHOTS, ignore_errors=True)
+    SCREENSHOTS.mkdir()
+    return SCREENSHOTS

@@ -1,4 +1,4 @@
-"""The shipped proxy snippet, in Debian's nginx, in front of both chat pages under a sub-path (E3)."""
+"""Both chat pages below a sub-path, proxied by Debian's nginx with the configuration of compose/nginx."""
 
 import shutil
 import subprocess
@@ -11,13 +11,13 @@ from chat_drivers import DRIVERS
 from processes import PAGE_KEY, free_port
 from scripted_engine import wait_until
 
-SNIPPET = Path(__file__).resolve().parents[2] / "compose" / "nginx" / "glm.conf"
+CONFIGURATION = Path(__file__).resolve().parents[2] / "compose" / "nginx" / "glm.conf"
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin")
 
 
 @pytest.fixture
 def proxied(ui: str, scripted_api, serve_page: Callable, tmp_path: Path) -> Iterator[str]:
-    """Address of nginx with the page behind it at /chat/."""
+    """URL of the page at /chat, served through nginx."""
     if not NGINX:
         pytest.skip("no nginx (apt-get install nginx-light)")
     page = serve_page(
@@ -31,7 +31,7 @@ def proxied(ui: str, scripted_api, serve_page: Callable, tmp_path: Path) -> Iter
         path="/chat",
         PAGE_KEY=PAGE_KEY,
     )
-    text = SNIPPET.read_text(encoding="utf-8")
+    text = CONFIGURATION.read_text(encoding="utf-8")
     assert text.count("http://web:7860") == 1
     (tmp_path / "glm.conf").write_text(text.replace("http://web:7860", page.host), encoding="utf-8")
     port = free_port()
@@ -44,14 +44,14 @@ def proxied(ui: str, scripted_api, serve_page: Callable, tmp_path: Path) -> Iter
     )
     nginx = subprocess.Popen([NGINX, "-p", str(tmp_path), "-c", f"{tmp_path}/nginx.conf"], stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: _answers(f"http://127.0.0.1:{port}/chat/"))
+        wait_until(lambda: _is_served(f"http://127.0.0.1:{port}/chat/"))
         yield f"http://127.0.0.1:{port}/chat"
     finally:
         nginx.terminate()
         nginx.wait(60)
 
 
-def _answers(url: str) -> bool:
+def _is_served(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             return response.status == 200
@@ -59,18 +59,18 @@ def _answers(url: str) -> bool:
         return False
 
 
-def test_a_page_behind_the_shipped_nginx_snippet_streams_in_pieces(proxied, ui, new_page):
+def test_a_page_proxied_by_nginx_streams_its_answers(proxied, ui, new_page):
     failed: list[str] = []
     page = new_page()
     page.on("response", lambda reply: reply.status >= 400 and failed.append(f"{reply.status} {reply.url}"))
-    chat = DRIVERS[ui](page, proxied).open()  # without the last slash
+    chat = DRIVERS[ui](page, proxied).open()  # without the trailing slash
     assert page.url == f"{proxied}/"
-    chat.send("count 2000 0.05")  # held back by a proxy, nothing of it would come for minutes
-    chat.await_text(lambda: "0123" in chat.answer())
+    chat.send("count 2000 0.05")  # a proxy that buffers would show nothing for minutes
+    chat.wait_for(lambda: "0123" in chat.answer())
     for _ in range(3):
         length = len(chat.answer())
-        chat.await_text(lambda: len(chat.answer()) > length)  # noqa: B023 - called at once
+        chat.wait_for(lambda: len(chat.answer()) > length)  # noqa: B023 - called at once
     chat.stop_button().click()
-    chat.wait()
+    chat.wait_for_answer()
     chat.ask("say 好")
     assert failed == []

@@ -1,4 +1,4 @@
-"""Servers without sockets and weights: the real application around a scripted engine."""
+"""Servers without sockets and weights: the real application with a scripted engine."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,7 +8,7 @@ from scripted_engine import ScriptedEngine
 
 from entrypoints.api.app import create_app
 from entrypoints.api.auth import KeyRing
-from entrypoints.api.server import Options, Serving
+from entrypoints.api.state import ServerOptions, ServerState
 from entrypoints.checkpoint.tokenizer import Tokenizer
 
 MakeApp = Callable[..., FastAPI]
@@ -16,19 +16,23 @@ MakeApp = Callable[..., FastAPI]
 
 @pytest.fixture
 def make_app(toy_tokenizer: Tokenizer) -> Iterator[MakeApp]:
-    """Make an application; keywords are those of Options, and `keys`, `engine` (None: still loading)."""
-    made = []
+    """Create an application: ServerOptions, `keys`, `usage`, `engine` (None: still loading) and `embedder`."""
+    states = []
 
-    def make(keys: KeyRing | None = None, engine: ScriptedEngine | str | None = "scripted", **options) -> FastAPI:
+    def make(
+        keys: KeyRing | None = None, engine: ScriptedEngine | str | None = "scripted", embedder=None, **options
+    ) -> FastAPI:
         options = {"model": "toy", "slots": 2, **options}
-        serving = Serving(Options(**options), keys or KeyRing(), "scripted")
-        serving.engine = ScriptedEngine(toy_tokenizer, options["slots"]) if engine == "scripted" else engine
-        made.append(serving)
-        return create_app(serving)
+        usage = options.pop("usage", None)
+        state = ServerState(ServerOptions(**options), keys or KeyRing(), "scripted", usage)
+        state.engine = ScriptedEngine(toy_tokenizer, options["slots"]) if engine == "scripted" else engine
+        state.embedder = embedder
+        states.append(state)
+        return create_app(state)
 
     yield make
-    for serving in made:
-        serving.close()
+    for state in states:
+        state.close()
 
 
 @pytest.fixture
@@ -38,4 +42,4 @@ def app(make_app: MakeApp) -> FastAPI:
 
 @pytest.fixture
 def engine(app: FastAPI) -> ScriptedEngine:
-    return app.state.serving.engine
+    return app.state.server.engine

@@ -1,4 +1,4 @@
-"""The way from an engine's thread to the event loop."""
+"""Deltas from an engine's thread to the event loop."""
 
 import asyncio
 import contextlib
@@ -9,8 +9,8 @@ import pytest
 from asgi import run
 from scripted_engine import ScriptedEngine, wait_until
 
-from entrypoints.api.generation import Task, generate, merged
-from entrypoints.sampling import Sampling
+from entrypoints.api.generation import GenerationTask, generate, merge
+from entrypoints.chat_format.sampling import Sampling
 
 
 @pytest.fixture
@@ -24,43 +24,45 @@ def pool():
         yield pool
 
 
-def task(engine, script, most=100, **fields):
-    return Task(engine.tokenizer.encode(script), Sampling(max_new_tokens=most), chat=False, **fields)
+def task(engine, script, max_new_tokens=100, **fields):
+    return GenerationTask(
+        engine.tokenizer.encode(script), Sampling(max_new_tokens=max_new_tokens), is_chat=False, **fields
+    )
 
 
-async def collected(pieces):
-    return [piece async for piece in pieces]
+async def collect(deltas):
+    return [delta async for delta in deltas]
 
 
-def test_the_last_piece_alone_has_a_finish_reason(engine, pool):
-    for script, most, reason in (("count 5", 100, "stop"), ("count 5", 5, "length"), ("count 5", 3, "length")):
-        pieces = run(collected(generate(engine, pool, task(engine, script, most))))
-        assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + [reason]
-        assert "".join(piece.text for piece in pieces) == "01234"[: min(most, 5)]
-        assert sum(len(piece.tokens) for piece in pieces) == min(most, 5)
+def test_only_the_last_delta_has_a_finish_reason(engine, pool):
+    for script, limit, reason in (("count 5", 100, "stop"), ("count 5", 5, "length"), ("count 5", 3, "length")):
+        deltas = run(collect(generate(engine, pool, task(engine, script, limit))))
+        assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + [reason]
+        assert "".join(delta.text for delta in deltas) == "01234"[: min(limit, 5)]
+        assert sum(len(delta.tokens) for delta in deltas) == min(limit, 5)
 
 
-def test_an_exception_of_the_engine_is_raised_where_it_is_awaited(engine, pool):
+def test_an_exception_of_the_engine_is_raised_in_the_event_loop(engine, pool):
     with pytest.raises(RuntimeError, match="the script says so"):
-        run(collected(generate(engine, pool, task(engine, "fail 3"))))
+        run(collect(generate(engine, pool, task(engine, "fail 3"))))
     assert engine.running == 0
 
 
-def test_leaving_waits_until_the_engine_has_stopped(engine, pool):
-    """Otherwise the slot would be given on while the model still runs."""
+def test_closing_waits_until_the_engine_has_stopped(engine, pool):
+    """Otherwise the slot would be reused while the model still runs."""
 
-    async def scene():
-        async with contextlib.aclosing(generate(engine, pool, task(engine, "count 100 0.01"))) as pieces:
-            async for _ in pieces:
+    async def scenario():
+        async with contextlib.aclosing(generate(engine, pool, task(engine, "count 100 0.01"))) as deltas:
+            async for _ in deltas:
                 break
         assert engine.running == 0
 
-    run(scene())
+    run(scenario())
 
 
-def test_cancelling_reaches_an_engine_that_has_no_token_yet(engine, pool):
-    async def scene():
-        work = asyncio.create_task(collected(generate(engine, pool, task(engine, "count 1 300"))))
+def test_cancellation_stops_an_engine_before_its_first_token(engine, pool):
+    async def scenario():
+        work = asyncio.create_task(collect(generate(engine, pool, task(engine, "count 1 300"))))
         while not engine.running:
             await asyncio.sleep(0.001)
         work.cancel()
@@ -68,11 +70,11 @@ def test_cancelling_reaches_an_engine_that_has_no_token_yet(engine, pool):
             await asyncio.wait_for(work, 60)
         assert engine.running == 0
 
-    run(scene())
+    run(scenario())
 
 
-def test_the_engine_runs_beside_the_event_loop(engine, pool):
-    async def scene():
+def test_the_engine_runs_in_another_thread(engine, pool):
+    async def scenario():
         threads = set()
         real = engine.generate
 
@@ -81,40 +83,40 @@ def test_the_engine_runs_beside_the_event_loop(engine, pool):
             return real(*args)
 
         engine.generate = spied
-        await collected(generate(engine, pool, task(engine, "count 3")))
+        await collect(generate(engine, pool, task(engine, "count 3")))
         assert threads
         assert threading.current_thread() not in threads
 
-    run(scene())
+    run(scenario())
 
 
-def test_merged_answers_keep_their_numbers_and_order(engine, pool):
-    async def scene():
+def test_merged_choices_keep_their_index_and_order(engine, pool):
+    async def scenario():
         parts = [generate(engine, pool, task(engine, f"count {length} 0.001")) for length in (3, 5)]
         found = {0: "", 1: ""}
-        async for number, piece in merged(parts):
-            found[number] += piece.text
+        async for index, delta in merge(parts):
+            found[index] += delta.text
         assert found == {0: "012", 1: "01234"}
 
-    run(scene())
+    run(scenario())
 
 
-def test_a_failure_of_one_closes_the_others_before_it_is_raised(engine, pool):
-    async def scene():
+def test_a_failed_choice_stops_the_others_before_the_exception_is_raised(engine, pool):
+    async def scenario():
         parts = [generate(engine, pool, task(engine, script)) for script in ("fail 2", "count 1000 0.01")]
         with pytest.raises(RuntimeError, match="the script says so"):
-            await collected(merged(parts))
+            await collect(merge(parts))
         assert engine.running == 0
 
-    run(scene())
+    run(scenario())
 
 
-def test_closing_the_merge_closes_every_answer(engine, pool):
-    async def scene():
+def test_closing_the_merge_stops_every_choice(engine, pool):
+    async def scenario():
         parts = [generate(engine, pool, task(engine, "count 1000 0.2", 1000)) for _ in range(2)]
-        async with contextlib.aclosing(merged(parts)) as pieces:
-            async for _ in pieces:
+        async with contextlib.aclosing(merge(parts)) as deltas:
+            async for _ in deltas:
                 break
 
-    run(scene())
-    wait_until(lambda: engine.running == 0)  # 200 s by themselves
+    run(scenario())
+    wait_until(lambda: engine.running == 0)  # it would take 200 s without cancellation

@@ -1,27 +1,27 @@
-from asgi import ask
+from asgi import send
 from prometheus_client.parser import text_string_to_metric_families
 
-from entrypoints.prompt import PromptFormat
+from entrypoints.chat_format.prompt import PromptFormat
 
 CHAT = "/v1/chat/completions"
 
 
-def question(text, **fields):
+def chat_body(text, **fields):
     return {"messages": [{"role": "user", "content": text}], **fields}
 
 
 def metric(app, name, **labels):
-    """Value of one sample of /metrics; 0 if there is none."""
-    families = text_string_to_metric_families(ask(app, "GET", "/metrics").body.decode())
+    """Value of one sample of /metrics; 0 if it is missing."""
+    families = text_string_to_metric_families(send(app, "GET", "/metrics").body.decode())
     found = [s for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
     return sum(sample.value for sample in found)
 
 
 def test_metrics_count_requests_tokens_and_times(app):
-    ask(app, "POST", CHAT, question("count 4"))
-    ask(app, "POST", CHAT, question("count 4", stream=True, n=2))
-    ask(app, "POST", CHAT, {"messages": []})
-    ask(app, "GET", "/nowhere/at/all")
+    send(app, "POST", CHAT, chat_body("count 4"))
+    send(app, "POST", CHAT, chat_body("count 4", stream=True, n=2))
+    send(app, "POST", CHAT, {"messages": []})
+    send(app, "GET", "/nowhere/at/all")
     assert metric(app, "glm_requests_total", path=CHAT, status="200") == 2
     assert metric(app, "glm_requests_total", path=CHAT, status="400") == 1
     assert metric(app, "glm_requests_total", path="other", status="404") == 1
@@ -33,8 +33,8 @@ def test_metrics_count_requests_tokens_and_times(app):
     assert metric(app, "glm_running") == metric(app, "glm_queue_length") == 0
 
 
-def test_metrics_of_an_adapter_stand_under_its_name(app, engine):
+def test_metrics_of_an_adapter_have_its_name_as_label(app, engine):
     engine.adapters = {"ads": PromptFormat()}
-    ask(app, "POST", CHAT, question("count 4", model="ads"))
+    send(app, "POST", CHAT, chat_body("count 4", model="ads"))
     assert metric(app, "glm_completion_tokens_total", model="ads") == 4
     assert metric(app, "glm_completion_tokens_total", model="toy") == 0

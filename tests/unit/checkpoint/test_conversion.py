@@ -1,4 +1,4 @@
-"""Original layout to native and back, on the toy. Trap names (B4, B8, C2) are those of the list of reported pains."""
+"""Conversion of the tiny model from the original layout to the native one and back."""
 
 import json
 import re
@@ -8,12 +8,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from entrypoints.chat_format.prompt import PromptFormat
 from entrypoints.checkpoint import conversion
 from entrypoints.checkpoint.conversion import convert_to_native, convert_to_original
-from entrypoints.checkpoint.layout import ROTARY, Shape
+from entrypoints.checkpoint.layout import ROTARY_BUFFER, ModelConfig
 from entrypoints.checkpoint.manifest import check_manifest, read_manifest
 from entrypoints.checkpoint.native import model_files, open_native
-from entrypoints.prompt import PromptFormat
 
 
 def read_bin(folder):
@@ -25,7 +25,7 @@ def read_safetensors(folder):
 
 
 def same(found, expected):
-    """Equal name for name, in type and value."""
+    """Equal names, types and values."""
     return found.keys() == expected.keys() and all(
         found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in expected.items()
     )
@@ -33,18 +33,18 @@ def same(found, expected):
 
 @pytest.fixture(scope="module")
 def weights(toy_original):
-    """The toy's, with biases and norms that are not all alike."""
+    """Those of the tiny model, with biases and norms that differ from each other."""
     generator = torch.Generator().manual_seed(1)
     found = read_bin(toy_original)
     for name, tensor in found.items():
-        if tensor.ndim == 1 and name != ROTARY:
+        if tensor.ndim == 1 and name != ROTARY_BUFFER:
             tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
     return found
 
 
 @pytest.fixture
 def written(weights, toy_original, tmp_path):
-    """Write an original folder; `changed` are fields of its config."""
+    """Write an original folder; `changed` are fields of its config.json."""
 
     def write(layout="one bin", dtype=torch.float16, **changed):
         folder = tmp_path / "original"
@@ -71,24 +71,24 @@ def written(weights, toy_original, tmp_path):
 
 
 def reference_logits(weights, config, ids):
-    """The forward pass of ChatGLM3's modeling_chatglm.py for one row, written out anew in float32.
+    """The forward pass of ChatGLM3's modeling_chatglm.py for one row, reimplemented in float32; logits (T, V).
 
-    Half of each head turns, in neighbouring pairs; several heads share a group's keys and values; gate and value of
-    the feed-forward are the halves of one projection.
+    Half of each head is rotated, in neighboring pairs; several heads share the keys and values of a group; gate and
+    value of the feed-forward layer are the halves of one projection.
     """
     get = {name.removeprefix("transformer."): tensor.float() for name, tensor in weights.items()}.__getitem__
     heads, groups, size = config["num_attention_heads"], config["multi_query_group_num"], config["kv_channels"]
-    length, turned = len(ids), size // 2
-    theta = (10000 * config.get("rope_ratio", 1)) ** -(torch.arange(0, turned, 2) / turned)
+    length, rotated = len(ids), size // 2
+    theta = (10000 * config.get("rope_ratio", 1)) ** -(torch.arange(0, rotated, 2) / rotated)
     angles = torch.outer(torch.arange(length).float(), theta)[:, None]
 
     def norm(x, name):
         return get(name) * x * torch.rsqrt((x * x).mean(-1, keepdim=True) + config["layernorm_epsilon"])
 
     def rotate(x):
-        even, odd = x[..., :turned:2], x[..., 1:turned:2]
+        even, odd = x[..., :rotated:2], x[..., 1:rotated:2]
         pairs = (even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin())
-        return torch.cat([torch.stack(pairs, -1).flatten(-2), x[..., turned:]], -1)
+        return torch.cat([torch.stack(pairs, -1).flatten(-2), x[..., rotated:]], -1)
 
     x = get("embedding.word_embeddings.weight")[ids]
     for number in range(config["num_layers"]):
@@ -110,7 +110,7 @@ def reference_logits(weights, config, ids):
 
 @pytest.mark.parametrize("rope_ratio", [1, 50, 500])
 def test_logits_are_those_of_the_original_formulas_for_3_and_300_tokens(rope_ratio, written, weights, tmp_path):
-    """B8: a rotation of another kind shows at the later positions; the 32k and 128k variants have another base."""
+    """A wrong rotary embedding shows only at later positions; the 32k and 128k variants have another base."""
     source = written(rope_ratio=rope_ratio)
     convert_to_native(source, tmp_path / "native", PromptFormat())
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype=torch.float32)
@@ -124,7 +124,7 @@ def test_logits_are_those_of_the_original_formulas_for_3_and_300_tokens(rope_rat
 
 
 def test_plain_transformers_loads_the_folder_without_remote_code(toy_native):
-    """B4: no auto_map, no Python file, nothing newly made and nothing left over."""
+    """No auto_map, no Python file, no newly initialized and no unused weight."""
     assert list(toy_native.glob("*.py")) == []
     assert "auto_map" not in (toy_native / "config.json").read_text()
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -135,49 +135,49 @@ def test_plain_transformers_loads_the_folder_without_remote_code(toy_native):
 
 
 @pytest.mark.parametrize("layout", ["one bin", "three bin", "one safetensors", "three safetensors"])
-def test_the_way_the_source_is_stored_makes_no_difference(layout, written, weights, tmp_path):
+def test_the_result_does_not_depend_on_how_the_source_is_stored(layout, written, weights, tmp_path):
     convert_to_native(written(layout), tmp_path / "native", PromptFormat())
     native = read_safetensors(tmp_path / "native")
-    assert len(native) == 3 + 4 * 11  # 11 tensors of each layer once q, k and v are apart
+    assert len(native) == 3 + 4 * 11  # 11 tensors per layer once q, k and v are separate
     fused = [native[f"model.layers.3.self_attn.{part}_proj.bias"] for part in "qkv"]
     assert torch.equal(torch.cat(fused), weights["transformer.encoder.layers.3.self_attention.query_key_value.bias"])
     assert torch.equal(native["lm_head.weight"], weights["transformer.output_layer.weight"])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_the_way_back_is_equal_tensor_for_tensor(dtype, written, weights, tmp_path):
-    """Names, types and values, the rotary buffer among them."""
+def test_converting_back_gives_bit_exact_tensors(dtype, written, weights, tmp_path):
+    """Names, types and values, including the rotary buffer."""
     source = written(dtype=getattr(torch, dtype))
     convert_to_native(source, tmp_path / "native", PromptFormat())
     convert_to_original(tmp_path / "native", tmp_path / "back")
     expected = {name: tensor.to(getattr(torch, dtype)) for name, tensor in weights.items()}
-    if dtype != "float16":  # the toy's buffer was rounded to float16 first
+    if dtype != "float16":  # the tiny model's buffer was rounded to float16 first
         half = torch.arange(0, 16, 2).to(getattr(torch, dtype)) / 16
-        expected[ROTARY] = 1 / 10000**half
+        expected[ROTARY_BUFFER] = 1 / 10000**half
     assert same(read_safetensors(tmp_path / "back"), expected)
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
 
 
 @pytest.mark.parametrize("rope_ratio", [1, 50])
-def test_the_way_back_keeps_every_number_of_the_config(rope_ratio, written, tmp_path):
+def test_converting_back_keeps_every_value_of_the_config(rope_ratio, written, tmp_path):
     source = written(rope_ratio=rope_ratio, seq_length=32768)
     convert_to_native(source, tmp_path / "native", PromptFormat())
     convert_to_original(tmp_path / "native", tmp_path / "back")
     configs = [json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "back")]
-    shapes = [Shape.from_original(config, source) for config in configs]
-    assert shapes[0] == shapes[1]
+    model_configs = [ModelConfig.from_original(config, source) for config in configs]
+    assert model_configs[0] == model_configs[1]
     assert [config.get("rope_ratio", 1) for config in configs] == [rope_ratio, rope_ratio]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_the_chosen_precision_is_that_of_every_tensor_and_of_the_config(dtype, toy_original, tmp_path):
+def test_the_chosen_precision_applies_to_every_tensor_and_to_the_config(dtype, toy_original, tmp_path):
     convert_to_native(toy_original, tmp_path / "native", PromptFormat(), dtype)
     assert {tensor.dtype for tensor in read_safetensors(tmp_path / "native").values()} == {getattr(torch, dtype)}
     assert json.loads((tmp_path / "native" / "config.json").read_text())["dtype"] == dtype
 
 
 def test_both_configs_hold_all_three_stop_ids(toy_native, toy_tokenizer):
-    """C2: whoever generates from the folder stops where the model does."""
+    """Every program that generates from the folder stops at the same tokens."""
     stops = [
         json.loads((toy_native / name).read_text())["eos_token_id"]
         for name in ("config.json", "generation_config.json")
@@ -186,7 +186,7 @@ def test_both_configs_hold_all_three_stop_ids(toy_native, toy_tokenizer):
 
 
 def test_large_weights_are_written_in_shards_of_bounded_size(toy_original, toy_native, tmp_path, monkeypatch):
-    """One tensor may be larger than the bound, as the embedding's 1.2 MB here; two together are not."""
+    """Only a single tensor may exceed the limit, as the embedding with 1.2 MB does here."""
     monkeypatch.setattr(conversion, "SHARD_BYTES", 1_000_000)
     convert_to_native(toy_original, tmp_path / "native", PromptFormat())
     shards = [load_file(file) for file in sorted((tmp_path / "native").glob("*.safetensors"))]
@@ -195,11 +195,11 @@ def test_large_weights_are_written_in_shards_of_bounded_size(toy_original, toy_n
     assert same(read_safetensors(tmp_path / "native"), read_safetensors(toy_native))
     index = json.loads((tmp_path / "native" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    assert open_native(tmp_path / "native", verify=True).files.size == index["metadata"]["total_size"]
+    assert open_native(tmp_path / "native", verify=True).files.nbytes == index["metadata"]["total_size"]
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native").config.num_hidden_layers == 4
 
 
-def test_the_manifest_covers_every_file_and_says_where_it_came_from(written, tmp_path):
+def test_the_manifest_covers_every_file_and_records_the_provenance(written, tmp_path):
     source = written()
     (source / "download.json").write_text('{"revision": "c0ffee"}')
     convert_to_native(source, tmp_path / "native", PromptFormat())
@@ -212,12 +212,12 @@ def test_the_manifest_covers_every_file_and_says_where_it_came_from(written, tmp
     }
 
 
-def test_another_user_can_read_what_was_written(toy_native):
-    """A container seldom runs as the user who converted."""
+def test_every_written_file_is_readable_for_other_users(toy_native):
+    """A container rarely runs as the user who converted."""
     assert {oct(file.stat().st_mode & 0o444) for file in toy_native.iterdir()} == {"0o444"}
 
 
-def test_the_prompt_format_is_stored_for_us_and_for_others(toy_original, tmp_path):
+def test_the_prompt_format_is_stored_for_this_package_and_for_others(toy_original, tmp_path):
     prompt_format = PromptFormat("round", "写广告：")
     convert_to_native(toy_original, tmp_path / "native", prompt_format)
     assert open_native(tmp_path / "native").prompt_format == prompt_format

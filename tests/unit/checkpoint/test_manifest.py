@@ -1,3 +1,5 @@
+"""manifest.json: what it lists, and which differences are found."""
+
 import hashlib
 import json
 
@@ -9,7 +11,7 @@ from entrypoints.errors import UserError
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two files, one in a folder of its own, and their manifest."""
+    """Two files, one in a subfolder, and their manifest."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.txt").write_text("abc")
     (tmp_path / "sub" / "b.txt").write_text("def")
@@ -18,7 +20,7 @@ def folder(tmp_path):
 
 
 def test_a_hash_is_sha256_and_its_progress_adds_up_to_the_size(tmp_path):
-    """3 MiB and a byte, so that more than one block is read."""
+    """3 MiB and one byte, so that several blocks are read."""
     content = b"x" * (3 * (1 << 20) + 1)
     (tmp_path / "x").write_bytes(content)
     read = []
@@ -26,7 +28,7 @@ def test_a_hash_is_sha256_and_its_progress_adds_up_to_the_size(tmp_path):
     assert (sum(read), len(read)) == (len(content), 4)
 
 
-def test_the_manifest_lists_every_file_but_itself(folder):
+def test_the_manifest_lists_every_file_except_itself(folder):
     write_manifest(folder, {"made_by": "again"})
     manifest = read_manifest(folder)
     assert manifest["provenance"] == {"made_by": "again"}
@@ -42,27 +44,27 @@ def test_the_manifest_lists_only_the_named_files(folder):
 
 
 @pytest.mark.parametrize("hashes", [False, True])
-def test_an_untouched_folder_passes_and_the_files_are_counted(hashes, folder):
-    (folder / "log.txt").write_text("a file that the manifest does not know is none of its business")
+def test_an_unchanged_folder_passes_and_its_files_are_counted(hashes, folder):
+    (folder / "log.txt").write_text("not listed in the manifest, so not checked")
     assert check_manifest(folder, hashes) == 2
 
 
-def test_a_changed_byte_is_found_by_its_hash_alone(folder):
+def test_a_changed_byte_is_found_only_by_its_hash(folder):
     (folder / "sub" / "b.txt").write_text("deg")
     assert check_manifest(folder, hashes=False) == 2
-    with pytest.raises(UserError, match=r"sub/b\.txt has other contents"):
+    with pytest.raises(UserError, match=r"sub/b\.txt does not match its SHA-256"):
         check_manifest(folder, hashes=True)
 
 
-def test_every_missing_or_cut_file_is_named_at_once(folder):
+def test_every_missing_or_truncated_file_is_named_in_one_message(folder):
     (folder / "a.txt").unlink()
     (folder / "sub" / "b.txt").write_text("de")
     with pytest.raises(UserError, match=r"a\.txt is missing; sub/b\.txt has 2 bytes, not 3"):
         check_manifest(folder, hashes=False)
 
 
-def test_a_folder_without_a_manifest_is_told_how_to_get_one(tmp_path):
-    with pytest.raises(UserError, match=r"holds no manifest\.json; .*glm convert"):
+def test_a_folder_without_a_manifest_is_rejected_with_the_command_that_writes_one(tmp_path):
+    with pytest.raises(UserError, match=r"contains no manifest\.json; .*glm convert"):
         check_manifest(tmp_path, hashes=False)
 
 
@@ -81,13 +83,23 @@ def test_a_folder_without_a_manifest_is_told_how_to_get_one(tmp_path):
         "\ufeff{}",
     ],
 )
-def test_a_damaged_manifest_is_refused_by_name(content, folder):
+def test_a_damaged_manifest_is_rejected_by_name(content, folder):
     (folder / MANIFEST_FILE).write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+    with pytest.raises(UserError, match=r"manifest\.json is (damaged|not valid JSON)"):
         check_manifest(folder, hashes=True)
 
 
-def test_chinese_names_and_values_are_written_as_they_are(folder):
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "link", "sub/../../secret"])
+def test_a_manifest_that_names_a_file_outside_its_folder_is_rejected(name, folder):
+    """`glm prepare` copies what the manifest lists."""
+    (folder / "link").symlink_to("/etc/passwd")
+    entry = {"size": 3, "sha256": "0" * 64}
+    (folder / MANIFEST_FILE).write_text(json.dumps({"provenance": {}, "files": {name: entry}}))
+    with pytest.raises(UserError, match=rf"manifest\.json names .*{name}"):
+        read_manifest(folder)
+
+
+def test_chinese_values_are_written_unescaped(folder):
     write_manifest(folder, {"source": "模型"})
     assert json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["provenance"] == {"source": "模型"}
     assert "模型" in (folder / MANIFEST_FILE).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Running jobs in this process, with the developer's environment kept out."""
+"""Running commands in this process, without the developer's environment variables."""
 
 import json
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from entrypoints.settings import Settings
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended."""
+    """The outcome of a command."""
 
     code: int
     out: str
     err: str
 
     def mistake(self) -> str:
-        """The one line that tells a user's mistake; asserts that it is one, and nothing else."""
+        """The error message; asserts that the command failed with a user error and printed nothing else."""
         assert (self.code, self.out) == (1, ""), self
         lines = [line for line in self.err.splitlines() if line.startswith("glm: ")]
         assert len(lines) == 1, self.err
@@ -30,14 +30,14 @@ class Outcome:
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
-    """No variable of the developer's."""
+    """Unset the developer's variables."""
     for name in Settings.__dataclass_fields__:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
 @pytest.fixture
 def glm(capsys) -> Callable[..., Outcome]:
-    """Run a job in this process."""
+    """Run a command in this process."""
 
     def run(*words: object) -> Outcome:
         capsys.readouterr()

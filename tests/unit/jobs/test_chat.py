@@ -9,42 +9,42 @@ import sys
 
 import pytest
 
-from entrypoints.checkpoint.native import read_prompt_format
+from entrypoints.chat_format.prompt import Message
+from entrypoints.checkpoint.prompt_file import read_prompt_format
 from entrypoints.checkpoint.tokenizer import load_tokenizer
-from entrypoints.prompt import Message
 
 GREEDY = ("--temperature", 0, "--dtype", "float32", "--device", "cpu")
 SHORT = (*GREEDY, "--max-new-tokens", 4)
-MISTAKE_SECONDS = 3
+ERROR_SECONDS = 3
 
 
 @pytest.fixture
 def piped(glm, toy_native, monkeypatch):
-    """Run `glm chat --json` with bytes on standard input; the objects it printed, and stderr."""
+    """Runs `glm chat --json` with bytes on standard input; returns the printed objects, and stderr."""
 
-    def run(data, *words):
+    def run(data, *arguments):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-        done = glm("chat", "--model", toy_native, "--json", *words)
+        done = glm("chat", "--model", toy_native, "--json", *arguments)
         assert done.code == 0
         return [json.loads(line) for line in done.out.splitlines()], done.err
 
     return run
 
 
-def answer_of(glm, model, *words):
-    done = glm("chat", "--model", model, "--json", *words)
+def answer_of(glm, model, *arguments):
+    done = glm("chat", "--model", model, "--json", *arguments)
     assert done.code == 0, done.err
     return json.loads(done.out)
 
 
-def test_a_prompt_is_answered_once_and_stdout_holds_the_answer_alone(toy_native, glm):
+def test_a_prompt_is_answered_once_and_stdout_contains_only_the_answer(toy_native, glm):
     expected = answer_of(glm, toy_native, "--prompt", "你好", *SHORT)
     assert expected["response"]
     done = glm("chat", "--model", toy_native, "--prompt", "你好", *SHORT)
     assert (done.code, done.out) == (0, expected["response"] + "\n")
 
 
-def test_json_tells_all_about_an_answer(toy_native, glm):
+def test_json_describes_an_answer_completely(toy_native, glm):
     answer = answer_of(glm, toy_native, "--prompt", "你好", *SHORT)
     assert answer == {
         "prompt": "你好",
@@ -57,7 +57,7 @@ def test_json_tells_all_about_an_answer(toy_native, glm):
     }
 
 
-def test_each_line_of_a_pipe_is_a_question_that_knows_the_earlier_ones(toy_native, piped):
+def test_each_line_of_a_pipe_is_a_question_with_the_earlier_ones_as_history(toy_native, piped):
     answers, _ = piped("你好\n\n  你是谁  \n".encode(), *SHORT)
     assert [answer["prompt"] for answer in answers] == ["你好", "你是谁"]
     turns = [Message("user", "你好"), Message("assistant", answers[0]["response"]), Message("user", "你是谁")]
@@ -65,7 +65,7 @@ def test_each_line_of_a_pipe_is_a_question_that_knows_the_earlier_ones(toy_nativ
     assert answers[1]["prompt_tokens"] == len(prompt)
 
 
-def test_clear_starts_anew_and_keeps_the_system_prompt(toy_native, piped):
+def test_clear_starts_a_new_conversation_and_keeps_the_system_prompt(toy_native, piped):
     answers, _ = piped("你好\nclear\n你好\n".encode(), *SHORT, "--system", "你是导购")
     assert len(answers) == 2
     assert answers[0] == answers[1]
@@ -74,108 +74,109 @@ def test_clear_starts_anew_and_keeps_the_system_prompt(toy_native, piped):
     assert answers[1]["prompt_tokens"] == len(prompt)
 
 
-def test_stop_ends_the_talk(piped):
+def test_stop_ends_the_conversation(piped):
     answers, _ = piped("你好\nstop\n你是谁\n".encode(), *SHORT)
     assert [answer["prompt"] for answer in answers] == ["你好"]
 
 
-def test_broken_text_in_a_pipe_does_not_end_the_talk(piped):
+def test_invalid_utf8_in_a_pipe_does_not_end_the_conversation(piped):
     answers, _ = piped(b"\xff\xfe\xe4\xbd\n" + "你好".encode(), *SHORT)
     assert [answer["prompt"] for answer in answers] == ["\ufffd" * 3, "你好"]
 
 
-def test_chinese_comes_and_goes_whole_in_a_c_locale(toy_native):
-    ours = ("LC_", "LANG", "PYTHONUTF8", "PYTHONIOENCODING")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {"LANG": "C"}
-    words = [sys.executable, "-m", "entrypoints", "chat", "--model", toy_native, "--json", *map(str, SHORT)]
+def test_chinese_is_read_and_printed_correctly_in_a_c_locale(toy_native):
+    removed = ("LC_", "LANG", "PYTHONUTF8", "PYTHONIOENCODING")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(removed)} | {"LANG": "C"}
+    arguments = [sys.executable, "-m", "entrypoints", "chat", "--model", toy_native, "--json", *map(str, SHORT)]
     data = "连衣裙\n".encode() + b"\xff\n"
-    done = subprocess.run(words, input=data, capture_output=True, env=env, check=True)
+    done = subprocess.run(arguments, input=data, capture_output=True, env=env, check=True)
     assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["连衣裙", "\ufffd"]
     assert "连衣裙".encode() in done.stdout
 
 
-def test_a_closed_standard_input_ends_the_talk_and_does_not_hinder_a_prompt(toy_native, monkeypatch, glm):
+def test_a_closed_standard_input_ends_the_conversation_and_does_not_affect_a_prompt(toy_native, monkeypatch, glm):
     monkeypatch.setattr("sys.stdin", None)  # what `<&-` leaves
     assert glm("chat", "--model", toy_native, *SHORT).out == ""
     assert answer_of(glm, toy_native, "--prompt", "你好", *SHORT)["response"]
 
 
 def test_temperature_zero_gives_the_same_answer_twice(toy_native, glm):
-    words = ("--prompt", "你好", "--max-new-tokens", 16, *GREEDY)
-    assert answer_of(glm, toy_native, *words) == answer_of(glm, toy_native, *words)
+    arguments = ("--prompt", "你好", "--max-new-tokens", 16, *GREEDY)
+    assert answer_of(glm, toy_native, *arguments) == answer_of(glm, toy_native, *arguments)
 
 
-def test_a_seed_gives_the_same_answer_and_another_seed_another(toy_native, glm):
+def test_the_same_seed_repeats_an_answer_and_another_seed_changes_it(toy_native, glm):
     def response(seed):
-        words = ("--prompt", "你好", "--max-new-tokens", 12, "--temperature", 1, "--top-p", 1, "--seed", seed)
-        return answer_of(glm, toy_native, *words)["response"]
+        arguments = ("--prompt", "你好", "--max-new-tokens", 12, "--temperature", 1, "--top-p", 1, "--seed", seed)
+        return answer_of(glm, toy_native, *arguments)["response"]
 
     assert response(7) == response(7)
     assert response(7) != response(8)
 
 
-def test_too_long_a_history_loses_its_oldest_turns_and_says_so(toy_native, piped):
-    """Window 1024, so about nine questions of 100 tokens fit."""
+def test_a_history_that_is_too_long_loses_its_oldest_turns_with_a_warning(toy_native, piped):
+    """The context length is 1024, so that about nine questions of 100 tokens fit."""
     question = "裙" * 100
     answers, err = piped((question + "\n").encode() * 12, *SHORT, "--system", "你是导购")
     dropped = [answer["dropped_turns"] for answer in answers]
     assert dropped[0] == 0
     assert dropped[-1] >= 2
     assert max(answer["prompt_tokens"] for answer in answers) <= 1024 - 4
-    assert f"the {dropped[-1]} oldest turns were left out" in err
+    assert f"the {dropped[-1]} oldest turns were omitted" in err
     assert all(answer["response"] for answer in answers)
 
 
-def test_the_model_and_the_adapter_come_from_the_environment_and_flags_beat_it(
+def test_the_model_and_the_adapter_come_from_the_environment_and_flags_override_it(
     golden, golden_native, tmp_path, monkeypatch, glm
 ):
     glm("convert", golden / "original-tiny-ptuning", tmp_path / "prefix")
-    words = ("--prompt", "你好", "--json", *SHORT)
+    arguments = ("--prompt", "你好", "--json", *SHORT)
     plain, adapted = (
-        glm("chat", "--model", golden_native, *words, *flags).out for flags in ((), ("--adapter", tmp_path / "prefix"))
+        glm("chat", "--model", golden_native, *arguments, *flags).out
+        for flags in ((), ("--adapter", tmp_path / "prefix"))
     )
     assert plain != adapted
     monkeypatch.setenv("MODEL_PATH", str(golden_native))
-    assert glm("chat", *words).out == plain
+    assert glm("chat", *arguments).out == plain
     monkeypatch.setenv("ADAPTER_PATH", str(tmp_path / "prefix"))
-    assert glm("chat", *words).out == adapted
+    assert glm("chat", *arguments).out == adapted
     monkeypatch.setenv("MODEL_PATH", "/no/such/model")
-    assert glm("chat", "--model", golden_native, *words).out == adapted
+    assert glm("chat", "--model", golden_native, *arguments).out == adapted
 
 
-def test_verify_looks_into_the_files_before_loading(toy_native, tmp_path, glm):
+def test_verify_checks_the_files_before_loading(toy_native, tmp_path, glm):
     folder = shutil.copytree(toy_native, tmp_path / "native")
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
     assert glm("chat", "--model", folder, "--prompt", "你好", *SHORT).code == 0
-    told = glm("chat", "--model", folder, "--prompt", "你好", *SHORT, "--verify").mistake()
-    assert "model.safetensors has other contents" in told
+    error = glm("chat", "--model", folder, "--prompt", "你好", *SHORT, "--verify").mistake()
+    assert "model.safetensors does not match its SHA-256" in error
 
 
-def test_no_model_is_a_mistake(glm):
+def test_a_missing_model_flag_is_a_user_error(glm):
     assert "--model" in glm("chat", "--prompt", "你好").mistake()
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [("--temperature", -1), ("--temperature", "nan"), ("--top-p", 0), ("--top-k", 0), ("--max-new-tokens", 0),
      ("--repetition-penalty", 0)],
     ids=str,
 )  # fmt: skip
-def test_a_number_out_of_bounds_is_named(words, toy_native, glm):
-    told = glm("chat", "--model", toy_native, "--prompt", "你好", *words).mistake()
-    assert words[0].removeprefix("--").replace("-", "_") in told
+def test_a_number_out_of_bounds_is_named(arguments, toy_native, glm):
+    error = glm("chat", "--model", toy_native, "--prompt", "你好", *arguments).mistake()
+    assert arguments[0].removeprefix("--").replace("-", "_") in error
 
 
 def test_too_long_a_question_is_refused_with_both_numbers(toy_native, glm):
-    told = glm("chat", "--model", toy_native, "--prompt", "裙" * 5000, *SHORT).mistake()
-    assert "tokens" in told
-    assert "1020 fit" in told
+    error = glm("chat", "--model", toy_native, "--prompt", "裙" * 5000, *SHORT).mistake()
+    assert "tokens" in error
+    assert "1020 fit" in error
 
 
-def test_one_question_too_many_in_a_pipe_ends_with_a_mistake(toy_native, monkeypatch, glm):
-    """A script must see it; what was answered before it is on stdout."""
+def test_a_question_that_is_too_long_in_a_pipe_ends_with_a_user_error(toy_native, monkeypatch, glm):
+    """A script must notice it; the answers before it are on stdout."""
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(("你好\n" + "裙" * 5000).encode()), encoding="utf-8"))
     done = glm("chat", "--model", toy_native, "--json", *SHORT)
     assert done.code == 1
@@ -183,11 +184,11 @@ def test_one_question_too_many_in_a_pipe_ends_with_a_mistake(toy_native, monkeyp
     assert len([line for line in done.err.splitlines() if line.startswith("glm: ")]) == 1
 
 
-def broken(what, toy_original, toy_native, tmp_path):
-    """The words that name a model which cannot work, and what the message must say."""
+def unusable(what, toy_original, toy_native, tmp_path):
+    """Flags that name an unusable model, and the expected part of the message."""
     folder = tmp_path / "native"
     if what == "nowhere":
-        return ("--model", "/no/such/model"), "/no/such/model is no folder"
+        return ("--model", "/no/such/model"), "folder not found: /no/such/model"
     if what == "original":
         return ("--model", toy_original), "convert it first: glm convert"
     shutil.copytree(toy_native, folder)
@@ -213,18 +214,18 @@ KINDS = ["nowhere", "original", "no weights", "cut short", "no vocabulary", "ano
 
 
 @pytest.mark.parametrize("what", KINDS)
-def test_a_model_that_cannot_work_is_one_line_that_names_the_cause(what, toy_original, toy_native, tmp_path, glm):
-    words, cause = broken(what, toy_original, toy_native, tmp_path)
-    assert cause in glm("chat", *words, "--prompt", "你好").mistake()
+def test_an_unusable_model_is_one_line_that_names_the_cause(what, toy_original, toy_native, tmp_path, glm):
+    arguments, cause = unusable(what, toy_original, toy_native, tmp_path)
+    assert cause in glm("chat", *arguments, "--prompt", "你好").mistake()
 
 
 @pytest.mark.parametrize("what", ["original", "cut short"])
-def test_a_mistake_takes_less_than_three_seconds(what, toy_original, toy_native, tmp_path):
-    """Processor time: transformers, imported in two seconds, is not needed to see it."""
-    words, _ = broken(what, toy_original, toy_native, tmp_path)
-    command = [sys.executable, "-m", "entrypoints", "chat", *map(str, words), "--prompt", "你好"]
+def test_a_user_error_takes_less_than_three_seconds(what, toy_original, toy_native, tmp_path):
+    """CPU time: transformers, whose import takes two seconds, is not needed to find it."""
+    arguments, _ = unusable(what, toy_original, toy_native, tmp_path)
+    command = [sys.executable, "-m", "entrypoints", "chat", *map(str, arguments), "--prompt", "你好"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 1
-    assert usage.ru_utime + usage.ru_stime < MISTAKE_SECONDS
+    assert usage.ru_utime + usage.ru_stime < ERROR_SECONDS

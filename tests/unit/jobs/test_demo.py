@@ -1,4 +1,4 @@
-"""The demo with a single pass over its sample. CI runs it whole, with the processes that this file does without."""
+"""The demo with a single pass over its sample, in one process. CI runs the full demo with its subprocesses."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from entrypoints.checkpoint.native import open_native
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Its folder, and how it ended; each of its ten commands runs in this process and saves the start of Python."""
+    """Its folder and its outcome; the ten commands run in this process, which saves starting Python."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -23,7 +23,7 @@ def demo(tmp_path_factory):
     return folder, SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-def test_it_runs_through_and_shows_the_command_of_every_step(demo):
+def test_the_demo_completes_and_prints_the_command_of_every_step(demo):
     _, done = demo
     assert done.returncode == 0, done.stderr
     shown = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ glm ")]
@@ -31,7 +31,7 @@ def test_it_runs_through_and_shows_the_command_of_every_step(demo):
     assert "Traceback" not in done.stderr
 
 
-def test_everything_it_made_is_there_and_works_alone(demo):
+def test_all_output_files_exist_and_are_valid(demo):
     folder, done = demo
     for name in ("native", "tuned"):
         assert open_native(folder / name, verify=True)
@@ -43,21 +43,21 @@ def test_everything_it_made_is_there_and_works_alone(demo):
         assert scores["n"] == len(answers)
 
 
-def test_it_ends_with_the_scores_and_the_way_to_go_on(demo):
+def test_the_demo_ends_with_the_scores_and_the_next_command(demo):
     folder, done = demo
     *_, scores, hint = done.stdout.rpartition("Done in ")[2].split("\n\n")
-    assert "rows it learnt" in scores
-    assert "rows it never saw" in scores
-    assert hint.strip() == f"Talk to it:  glm chat --model {folder}/tuned"
+    assert "training rows" in scores
+    assert "held-out rows" in scores
+    assert hint.strip() == f"Chat with it:  glm chat --model {folder}/tuned"
 
 
-def test_a_folder_that_cannot_be_made_is_a_mistake(tmp_path, glm):
+def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path, glm):
     (tmp_path / "taken").write_text("")
     assert "choose another --output-dir" in glm("demo", "--output-dir", tmp_path / "taken" / "out").mistake()
 
 
-def test_a_step_that_fails_ends_it_with_the_steps_name_and_code(tmp_path, glm, monkeypatch):
-    monkeypatch.setattr("entrypoints.demo.model.write_toy", lambda folder, texts: None)
+def test_a_failed_step_ends_the_demo_with_its_name_and_code(tmp_path, glm, monkeypatch):
+    monkeypatch.setattr("entrypoints.demo.model.write_demo_model", lambda folder, texts, family: None)
     done = glm("demo", "--output-dir", tmp_path / "out")
     assert done.code == 1
-    assert "glm: glm convert ended with code 1" in done.err
+    assert "glm: glm convert exited with code 1" in done.err

@@ -1,6 +1,7 @@
-"""A disk that fills while a folder is written: told in one line wherever it happens, and nothing half made stays.
+"""A disk that fills up while a folder is written: one message at whatever point, and no incomplete output.
 
-Another program's file leaves less and less of a real disk, from just too little down to where the job does not start.
+A file of another program leaves less and less of a real disk, from just too little down to where a command does not
+start writing.
 """
 
 import importlib.util
@@ -13,7 +14,7 @@ import pytest
 import torch
 from small_disk import with_small_disk
 
-PAGE = 4096  # what a file of a tmpfs grows by
+PAGE = 4096  # allocation unit of a tmpfs
 PROGRAM = """
 import contextlib, io, json, os, shutil, sys
 from pathlib import Path
@@ -21,34 +22,34 @@ from entrypoints.__main__ import main
 
 disk, step, words = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 
-def ended(room):
+def run_with_free(free):
     (disk / "other").unlink(missing_ok=True)
     with (disk / "other").open("wb") as other:
-        os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(disk).free - room)
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+        os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(disk).free - free)
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         code = main(words)
     left = sorted(path.name for path in disk.iterdir() if path.name != "other")
     if code == 0:
         shutil.rmtree(disk / "out")
-    return code, told.getvalue(), left
+    return code, stderr.getvalue(), left
 
-short, enough = 0, shutil.disk_usage(disk).free // step - 1
-assert ended(enough * step)[0] == 0
-while enough - short > 1:
-    middle = (short + enough) // 2
-    short, enough = (short, middle) if ended(middle * step)[0] == 0 else (middle, enough)
-ends = [ended(short * step)]
-while short and "needs" not in ends[-1][1]:
-    short -= 1
-    ends.append(ended(short * step))
-print(json.dumps(ends))
+too_small, enough = 0, shutil.disk_usage(disk).free // step - 1
+assert run_with_free(enough * step)[0] == 0
+while enough - too_small > 1:
+    middle = (too_small + enough) // 2
+    too_small, enough = (too_small, middle) if run_with_free(middle * step)[0] == 0 else (middle, enough)
+outcomes = [run_with_free(too_small * step)]
+while too_small and "needs" not in outcomes[-1][1]:
+    too_small -= 1
+    outcomes.append(run_with_free(too_small * step))
+print(json.dumps(outcomes))
 """
 
 
 @pytest.fixture(scope="module")
 def prefix(toy_original, tmp_path_factory):
-    """An adapter for the toy as the tutorial's scripts save it."""
+    """An adapter for the tiny model as the tutorial's scripts save it."""
     folder = tmp_path_factory.mktemp("prefix")
     config = json.loads((toy_original / "config.json").read_text()) | {"pre_seq_len": 4}
     (folder / "config.json").write_text(json.dumps(config))
@@ -67,7 +68,7 @@ def prefix(toy_original, tmp_path_factory):
         ("quantize", "native", ("--type", "int8"), 4),
     ],
 )
-def test_wherever_the_disk_fills_the_folder_and_the_remedy_are_named_and_nothing_stays(
+def test_wherever_the_disk_fills_up_folder_and_remedy_are_named_and_nothing_remains(
     job, kind, flags, pages, toy_original, toy_native, prefix, tmp_path
 ):
     if job == "quantize" and importlib.util.find_spec("bitsandbytes") is None:
@@ -77,11 +78,11 @@ def test_wherever_the_disk_fills_the_folder_and_the_remedy_are_named_and_nothing
     command = [*with_small_disk(tmp_path, 64), sys.executable, "-c", PROGRAM, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    ends = json.loads(done.stdout)
+    outcomes = json.loads(done.stdout)
     full = rf"glm: writing {tmp_path}/(\.out\.native|out) failed: .*No space left.*; free space or check the disk"
-    for code, told, left in ends[:-1]:
-        assert (code, left, told.count("glm: ")) == (1, [], 1), told
-        assert re.fullmatch(full, told.splitlines()[-1]), told
-    assert any("Error while serializing" in told for _, told, _ in ends)
-    assert ends[-1][0] == 1
-    assert kind == "prefix" or re.search(r"glm: .* needs .* GB free; free space or", ends[-1][1]), ends[-1][1]
+    for code, stderr, left in outcomes[:-1]:
+        assert (code, left, stderr.count("glm: ")) == (1, [], 1), stderr
+        assert re.fullmatch(full, stderr.splitlines()[-1]), stderr
+    assert any("Error while serializing" in stderr for _, stderr, _ in outcomes)
+    assert outcomes[-1][0] == 1
+    assert kind == "prefix" or re.search(r"glm: .* needs .* free; free space or", outcomes[-1][1]), outcomes[-1][1]

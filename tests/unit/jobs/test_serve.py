@@ -1,21 +1,23 @@
-"""What `glm serve` and `glm chat` answer before they load: flags that no GGUF file takes, packages that lack."""
+"""What `glm serve` and `glm chat` reject before they load a model: flags, addresses, missing packages."""
 
 import hashlib
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from entrypoints.conversation import load_chat
+from entrypoints.chat_session import load_chat
 from entrypoints.engines import loading
+from entrypoints.engines.options import EngineOptions
 
 JOBS = {"chat": ("chat", "--prompt", "你好", "--max-new-tokens", 2), "serve": ("serve", "--port", 0)}
 WITHOUT = """
 import sys
-sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))  # neither found nor imported
+sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))  # as if they were not installed
 from entrypoints.__main__ import main
 sys.exit(main(sys.argv[2:]))
 """
@@ -23,7 +25,7 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.fixture
 def recorded(toy_gguf, tmp_path) -> Path:
-    """A file with the record that glm prepare writes beside it."""
+    """A GGUF file with the record that glm prepare writes."""
     file = Path(shutil.copy(toy_gguf, tmp_path))
     fields = {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     file.with_name(f"{file.name}.json").write_text(json.dumps(fields))
@@ -32,7 +34,7 @@ def recorded(toy_gguf, tmp_path) -> Path:
 
 @pytest.fixture
 def damaged(recorded) -> Path:
-    """The same with another last byte: nothing that loading would notice."""
+    """The same with a changed last byte, which loading would not detect."""
     with recorded.open("r+b") as stream:
         stream.seek(-1, 2)
         last = stream.read(1)[0]
@@ -41,53 +43,152 @@ def damaged(recorded) -> Path:
     return recorded
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "localhost.example"])
+def test_without_keys_serve_accepts_only_loopback_addresses(host, toy_native, glm):
+    line = glm("serve", "--model", toy_native, "--host", host).mistake()
+    assert f"--host {host} would serve the network without API keys" in line
+    assert "--insecure-no-auth" in line
+
+
+def test_a_port_in_use_is_a_user_error(toy_native, glm):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = glm("serve", "--model", toy_native, "--port", port).mistake()
+    assert f"cannot listen on 127.0.0.1:{port}" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--slots", "0", "--queue", "-1"], "--slots 0, --queue -1"),
+        (["--drain-seconds", "-1"], "--drain-seconds is 0 to"),
+        (["--max-body-bytes", "0"], "--max-body-bytes is 1 to"),
+        (["--port", "-1"], "--port is 0 to 65535"),
+        (["--port", "70000"], "--port is 0 to 65535"),
+        (["--adapter", "ads"], "--adapter ads is not of the form NAME=DIR"),
+        (["--adapter", "a=x", "--adapter", "a=y"], "is already in use"),
+        (["--adapter", "toy=x", "--served-model-name", "toy"], "is already in use"),
+        (["--api-keys-file", "/nowhere"], "cannot read the key file /nowhere"),
+    ],
+)
+def test_invalid_flags_are_rejected(flags, message, toy_native, glm):
+    assert message in glm("serve", "--model", toy_native, *flags).mistake()
+
+
+def test_an_invalid_model_is_rejected_before_loading(tmp_path, glm):
+    assert "config.json" in glm("serve", "--model", tmp_path).mistake()
+    assert "folder not found" in glm("serve", "--model", tmp_path / "none").mistake()
+
+
+def test_a_missing_model_is_reported_with_the_remedy(glm):
+    assert "set MODEL_PATH" in glm("serve").mistake()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--adapter", "a=x"], "--adapter needs a chat model; add --model DIR, or omit it"),
+        (["--engine", "vllm"], "--engine needs a chat model"),
+        (["--slots", "2"], "--slots needs a chat model"),
+        (["--verify"], "--verify needs a chat model"),
+    ],
+)
+def test_flags_of_a_chat_model_are_rejected_when_only_embeddings_are_served(flags, message, embedding_model, glm):
+    assert message in glm("serve", "--embeddings", embedding_model.file, *flags).mistake()
+
+
+def test_an_invalid_embedding_model_is_rejected_before_loading(toy_gguf, embedding_model, tmp_path, glm):
+    def mistake(*flags):
+        return glm("serve", "--model", toy_gguf, *flags).mistake()
+
+    assert "declares no pooling to a vector; give the GGUF file of an embedding model" in mistake(
+        "--embeddings", toy_gguf, "--served-embeddings-name", "x"
+    )
+    assert "file not found" in mistake("--embeddings", tmp_path / "absent.gguf")
+    taken = mistake("--embeddings", embedding_model.file, "--served-embeddings-name", "toy")
+    assert "the name toy is already in use; choose a --served-embeddings-name" in taken
+    assert "--served-embeddings-name needs an embedding model" in mistake("--served-embeddings-name", "x")
+
+
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
-        (("--dtype", "float16"), "--dtype float16 is not for a GGUF file; it has the precision it was written in"),
-        (("--device", "cuda"), "--device cuda is not for a GGUF file; llama.cpp computes on the processor"),
-        (("--device", "mps"), "--device mps is not for a GGUF file; llama.cpp computes on the processor"),
-        (("--verify",), "toy.gguf.json is not beside it; leave it out, or have glm prepare make the file"),
+        (("--dtype", "float16"), "--dtype float16 is not supported for a GGUF file; omit it"),
+        (("--device", "cuda"), "--device cuda is not supported for a GGUF file; llama.cpp runs on the CPU"),
+        (("--device", "mps"), "--device mps is not supported for a GGUF file; llama.cpp runs on the CPU"),
+        (("--verify",), "toy.gguf.json is not in the same folder; omit --verify, or create the file with glm prepare"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_flag_that_a_gguf_file_has_no_use_for_is_refused_in_words(job, flags, words, toy_gguf, glm):
-    assert words in glm(*JOBS[job], "--model", toy_gguf, *flags).mistake()
+def test_a_flag_that_a_gguf_file_does_not_support_is_rejected(job, flags, message, toy_gguf, glm):
+    assert message in glm(*JOBS[job], "--model", toy_gguf, *flags).mistake()
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_the_variable_device_is_refused_as_the_flag_is(job, toy_gguf, glm, monkeypatch):
+def test_the_variable_device_is_rejected_like_the_flag(job, toy_gguf, glm, monkeypatch):
     monkeypatch.setenv("DEVICE", "cuda")
-    assert "leave --device and DEVICE out" in glm(*JOBS[job], "--model", toy_gguf).mistake()
+    assert "omit --device and DEVICE" in glm(*JOBS[job], "--model", toy_gguf).mistake()
 
 
-def test_a_file_that_is_as_recorded_is_verified_and_answers(recorded):
-    chat = load_chat(recorded, device="cpu", verify=True)
+def test_a_file_that_matches_its_record_is_verified_and_answers(recorded):
+    chat = load_chat(recorded, EngineOptions(device="cpu", verify=True))
     try:
         assert chat.chat("你好", temperature=0, max_new_tokens=2)[1]
     finally:
         chat.engine.close()
 
 
+def test_a_prefix_cache_needs_the_record_of_the_model(toy_gguf, glm, tmp_path):
+    line = glm("serve", "--model", toy_gguf, "--prefix-cache", tmp_path).mistake()
+    assert "--prefix-cache needs the hash record" in line
+    assert "omit --prefix-cache, or create the file with glm prepare" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "contains no prompt"),
+        ('{"messages": [{"role": "system", "content": "a"}]}\n{', "warm.jsonl:2: body: "),
+        ('\n{"messages": []}', "warm.jsonl:2: messages"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "warm.jsonl:1: messages.0"),
+        ('{"prompt": "a"}', "warm.jsonl:1: "),
+        ("[1]", "warm.jsonl:1: "),
+        ("\ud800".encode("utf-8", "surrogatepass"), "warm.jsonl:1: body: the body is not UTF-8"),
+    ],
+)
+def test_an_error_in_the_file_of_warm_names_its_line(content, message, recorded, glm, tmp_path):
+    file = tmp_path / "warm.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert message in glm("serve", "--model", recorded, "--warm", file, "--port", 0).mistake()
+
+
+@pytest.mark.parametrize("flag", ["--warm", "--prefix-cache"])
+def test_a_folder_does_not_support_the_flags_for_computed_prompts(flag, toy_native, glm, tmp_path):
+    line = glm("serve", "--model", toy_native, flag, tmp_path, "--port", 0).mistake()
+    assert f"{flag} is not supported by the engine transformers; omit it, or use a GGUF file" in line
+
+
 @pytest.mark.parametrize("job", JOBS)
-def test_verify_finds_other_contents_of_a_file_before_it_is_loaded(job, damaged):
+def test_verify_detects_changed_contents_before_loading(job, damaged):
     command = [sys.executable, "-m", "entrypoints", *map(str, JOBS[job]), "--model", str(damaged), "--verify"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "Traceback" not in done.stderr
-    assert f"glm: {damaged} has other contents than when it was made" in done.stderr
-    assert "slots of" not in done.stderr  # what is logged as llama.cpp starts
+    assert f"glm: {damaged} does not match its SHA-256" in done.stderr
+    assert "slots of" not in done.stderr  # logged when llama.cpp starts
 
 
 def test_without_verify_the_record_is_not_read(damaged):
-    loading.check("llamacpp", damaged, {})
-    loading.load("llamacpp", damaged, {}).close()
+    loading.check_engine_options(damaged, EngineOptions())
+    loading.load_engine(damaged, EngineOptions()).close()
 
 
 @pytest.mark.parametrize("job", [*JOBS, "doctor"])
 @pytest.mark.parametrize("by", ["flag", "variable"])
-def test_without_torch_a_folder_is_one_line_with_the_remedy(job, by, toy_native, monkeypatch):
+def test_without_torch_a_folder_is_rejected_with_the_remedy(job, by, toy_native, monkeypatch):
     monkeypatch.setenv("MODEL_PATH", str(toy_native))
     words = [*map(str, JOBS.get(job, (job,))), *(["--model", str(toy_native)] if by == "flag" else [])]
     done = _without("torch,transformers", *words)
@@ -97,19 +198,19 @@ def test_without_torch_a_folder_is_one_line_with_the_remedy(job, by, toy_native,
 
 
 @pytest.mark.parametrize("job", ["chat", "doctor"])
-def test_without_torch_a_gguf_file_does_all_the_same(job, toy_gguf):
+def test_without_torch_a_gguf_file_works(job, toy_gguf):
     done = _without("torch,transformers,safetensors", *map(str, JOBS.get(job, (job,))), "--model", str(toy_gguf))
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
 
-def test_without_llama_cpp_a_gguf_file_is_one_line_with_the_remedy(toy_gguf):
+def test_without_llama_cpp_a_gguf_file_is_rejected_with_the_remedy(toy_gguf):
     done = _without("xllamacpp", "doctor", "--model", str(toy_gguf))
     assert done.returncode == 1
     assert done.stderr == "glm: this needs the package xllamacpp; pip install 'glm-entrypoints[quantized]'\n"
 
 
 def _without(packages: str, *words: str) -> subprocess.CompletedProcess:
-    """Run a job in a process in which some packages are not installed."""
+    """Run a command in a process in which some packages are not installed."""
     command = [sys.executable, "-c", WITHOUT, packages, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -1,10 +1,12 @@
-"""What `glm train` refuses, and when: before the model is loaded. What it makes: test_train_runs.py."""
+"""Errors of `glm train` before the model is loaded. Results of runs: test_train_runs.py."""
 
 import argparse
+import json
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 
 import pytest
@@ -12,18 +14,20 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from entrypoints.jobs import train
+from entrypoints.training import run_context
 from entrypoints.training.arguments import TrainArguments
+from entrypoints.training.preflight import memory_check, quick_checks
 
-FREEZE = ("--method", "freeze", "--freeze-layers", 9)  # the toy has four
+FREEZE = ("--method", "freeze", "--freeze-layers", 9)  # the tiny model has four layers
 ROW = {"content": "类型#裙", "summary": "好看的裙子。"}
 
 
 class Loading(Exception):
-    """The model would be loaded now."""
+    """Raised where the model would be loaded."""
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_loaded(monkeypatch):
+def no_loading(monkeypatch):
     def from_pretrained(*_, **__):
         raise Loading
 
@@ -33,12 +37,12 @@ def nothing_is_loaded(monkeypatch):
 
 @pytest.fixture
 def run(glm, toy_native, rows_file, tmp_path):
-    """Run `glm train` on one good row; flags given again win."""
+    """Run `glm train` on one usable row; repeated flags override the first ones."""
 
-    def start(*words):
+    def start(*flags):
         file = rows_file(ROW, name="good.jsonl")
         common = ("--model-name-or-path", toy_native, "--train-file", file, "--output-dir", tmp_path / "out")
-        return glm("train", *common, *words)
+        return glm("train", *common, *flags)
 
     return start
 
@@ -51,11 +55,11 @@ def test_flags_have_the_defaults_of_train_arguments():
     shared = set(flags) & set(known) - {"model_name_or_path", "train_file", "output_dir", "device"}
     assert len(shared) >= 22
     assert {name: flags[name].default for name in shared} == {name: known[name].default for name in shared}
-    assert set(known) - set(flags) == {"columns", "prompt_format"}
+    assert set(known) - set(flags) == {"columns"}
 
 
-def test_the_tutorials_flags_are_understood_with_their_underscores(glm, toy_native, rows_file, tmp_path):
-    """ds_train_finetune.sh of ChatGLM2's ptuning folder, without torchrun, --deepspeed and --fp16."""
+def test_the_flags_of_the_public_script_are_accepted_with_underscores(glm, toy_native, rows_file, tmp_path):
+    """ds_train_finetune.sh in the ptuning folder of ChatGLM2, without torchrun, --deepspeed and --fp16."""
     file = rows_file(ROW)
     script = f"""--do_train --train_file {file} --test_file {file} --prompt_column content --response_column summary
         --overwrite_cache --model_name_or_path {toy_native} --output_dir {tmp_path}/adgen-ft --overwrite_output_dir
@@ -66,126 +70,182 @@ def test_the_tutorials_flags_are_understood_with_their_underscores(glm, toy_nati
         glm("train", *script.split())
 
 
-def test_a_wrong_column_is_told_with_the_columns_there_are(run):
-    """F4."""
-    told = run("--prompt_column", "prompt", "--response_column", "response").mistake()
-    assert "no column 'prompt' and no column 'response' in good.jsonl; columns: content, summary" in told
+def test_the_error_for_a_wrong_column_lists_the_existing_columns(run):
+    message = run("--prompt_column", "prompt", "--response_column", "response").mistake()
+    assert "no column 'prompt' and no column 'response' in good.jsonl; columns: content, summary" in message
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("flags", "message"),
     [
         (("--prompt-column", "ask"), "no column 'ask'"),
-        (("--train-file", "/no/such/file"), "there is no file"),
-        (("--model-name-or-path", "/no/such/folder"), "is no folder"),
-        (("--deepspeed", "zero4"), "is no file and no preset"),
+        (("--train-file", "/no/such/file"), "file not found"),
+        (("--test-file", "/no/such/file"), "file not found"),
+        (("--model-name-or-path", "/no/such/folder"), "folder not found"),
+        (("--deepspeed", "zero4"), "is neither a file nor a preset"),
         (("--learning-rate", "0"), "is not above 0"),
     ],
 )
-def test_a_mistake_is_told_before_torch_is_imported(words, told, toy_native, rows_file, tmp_path):
-    """That alone takes seconds."""
+def test_a_user_error_is_reported_before_torch_is_imported(flags, message, toy_native, rows_file, tmp_path):
+    """The import takes seconds."""
     code = "import sys; from entrypoints.__main__ import main; code = main(sys.argv[1:]); print('torch' in sys.modules)"
     common = ["--model-name-or-path", toy_native, "--train-file", rows_file(ROW), "--output-dir", tmp_path / "out"]
-    command = [sys.executable, "-c", code, "train", *map(str, common), *words]
+    command = [sys.executable, "-c", code, "train", *map(str, common), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert told in done.stderr
+    assert message in done.stderr
     assert done.stdout == "False\n"
 
 
-def test_rows_that_cannot_be_used_are_counted_and_told_with_their_reasons(run, rows_file, capsys):
-    """F5."""
+CHECKS = [
+    (quick_checks, "check_rows"),
+    (quick_checks, "check_output_dir"),
+    (run_context, "resolve_precision"),
+    (run_context, "open_native"),
+    (memory_check, "check_shared_memory"),
+    (memory_check, "check_states_fit"),
+]
+
+
+def test_a_process_checks_each_fact_once(run, monkeypatch):
+    calls = Counter()
+
+    def counted(name, function):
+        def call(*args):
+            calls[name] += 1
+            return function(*args)
+
+        return call
+
+    for module, name in CHECKS:
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    with pytest.raises(Loading):
+        run()
+    assert calls == {name: 1 for _, name in CHECKS}
+
+
+def test_rows_that_cannot_be_used_are_counted_and_logged_with_their_reasons(run, rows_file, capsys):
     rows = [("a", ""), (None, "b"), ("c", "d"), (1, 2)]
     file = rows_file(*({"content": prompt, "summary": response} for prompt, response in rows), name="mixed.jsonl")
     with pytest.raises(Loading):
-        run("--train-file", file)
+        run("--train-file", file, "--max-skipped", 3)
     err = capsys.readouterr().err
     assert "1 rows used, 3 skipped" in err
-    for reason in ("mixed.jsonl:1: empty response", "mixed.jsonl:2: null prompt", "mixed.jsonl:4: prompt is not a"):
-        assert reason in err
-
-
-def test_a_file_of_unusable_rows_alone_is_a_mistake(run, rows_file):
-    """F5."""
-    told = run("--train-file", rows_file({"content": "a", "summary": ""}, {"content": None, "summary": "b"})).mistake()
-    assert "no usable row" in told
-    assert "1 empty response, 1 null prompt" in told
+    for reason in ("1: empty response", "2: null prompt", "4: column 'content' is a number, not a string"):
+        assert f"mixed.jsonl:{reason}" in err
 
 
 @pytest.mark.parametrize("flag", ["--train-file", "--validation-file", "--test-file"])
-def test_a_file_that_is_not_there_is_named(flag, run, tmp_path):
-    """F6, missing."""
-    assert f"there is no file {tmp_path / 'nowhere.json'}" in run(flag, tmp_path / "nowhere.json").mistake()
+def test_a_response_of_another_type_ends_the_run_before_a_missing_model_is_noticed(flag, run, rows_file):
+    """The message has file, line, column and both types; 2,000 rows before it do not hide it."""
+    file = rows_file(*[ROW] * 2000, {**ROW, "summary": {"text": "b"}}, {**ROW, "summary": None}, name="mixed.jsonl")
+    message = run(flag, file, "--model-name-or-path", "/no/such/folder").mistake()
+    assert f"{file}:2001: column 'summary' is an object, not a string; 2 rows cannot be used" in message
+    assert message.endswith("fix them, or allow them with --max-skipped 2")
+    allowed = run(flag, file, "--model-name-or-path", "/no/such/folder", "--max-skipped", 2).mistake()
+    assert "folder not found: /no/such/folder" in allowed
 
 
-def test_limits_that_do_not_hold_the_frame_are_told_with_the_least_that_does(run):
-    """The frame: [gMASK] sop, user tag, its newline, the empty body, assistant tag; the answer's: its newline."""
-    told = run("--max-source-length", 3).mistake()
-    least = int(re.fullmatch(r"glm: max_source_length 3 does not hold the prompt's frame; use at least (\d+)", told)[1])
+def test_train_says_how_rows_were_read_and_names_what_is_not_used(run, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    turns = [{"from": "human", "value": "北京"}, {"from": "gpt", "value": "好", "score": 5}]
+    for number in range(2):
+        row = json.dumps({"conversations": turns, "id": number})
+        (folder / f"part-{number}.jsonl").write_text(f"{row}\n", encoding="utf-8")
+    with pytest.raises(Loading):
+        run("--train-file", folder)
+    err = capsys.readouterr().err
+    assert f"{folder}: read as ShareGPT: 2 rows" in err
+    assert f"{folder}: not used: id in 2 rows, conversations.score in 2 rows" in err
+
+
+def test_a_format_that_the_rows_do_not_have_is_rejected(run):
+    assert "no column 'instruction' and no column 'output' in good.jsonl" in run("--format", "alpaca").mistake()
+
+
+def test_a_file_without_a_usable_row_is_rejected(run, rows_file):
+    message = run(
+        "--train-file", rows_file({"content": "a", "summary": ""}, {"content": None, "summary": "b"})
+    ).mistake()
+    assert "no usable row" in message
+    assert "1 empty response, 1 null prompt" in message
+
+
+@pytest.mark.parametrize("flag", ["--train-file", "--validation-file", "--test-file"])
+def test_the_error_for_a_missing_file_names_it(flag, run, tmp_path):
+    assert f"file not found: {tmp_path / 'nowhere.json'}" in run(flag, tmp_path / "nowhere.json").mistake()
+
+
+def test_the_error_for_a_too_small_limit_names_the_smallest_possible_one(run):
+    """A prompt needs [gMASK] sop, user tag, newline, assistant tag; an answer needs its newline."""
+    message = run("--max-source-length", 3).mistake()
+    least = int(
+        re.fullmatch(r"glm: max_source_length 3 does not hold the prompt's role tags; use at least (\d+)", message)[1]
+    )
     assert str(least) in run("--max-source-length", least - 1).mistake()
     with pytest.raises(Loading):
         run("--max-source-length", least)
-    told = run("--max-target-length", 1).mistake()
+    message = run("--max-target-length", 1).mistake()
     least = int(
-        re.fullmatch(r"glm: max_target_length 1 does not hold the answer's header; use at least (\d+)", told)[1]
+        re.fullmatch(r"glm: max_target_length 1 does not hold the answer's header; use at least (\d+)", message)[1]
     )
     with pytest.raises(Loading):
         run("--max-target-length", least)
 
 
-def test_rows_longer_than_the_window_are_a_mistake(run, rows_file):
+def test_rows_longer_than_the_context_length_are_rejected(run, rows_file):
     file = rows_file({"content": "裙" * 3000, "summary": "好"})
-    told = run("--train-file", file, "--max-source-length", 4000).mistake()
-    assert "the model's window is 1024" in told
+    message = run("--train-file", file, "--max-source-length", 4000).mistake()
+    assert "the context length of the model is 1024" in message
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_weights_cannot_be_tuned_in_full(bits, run):
-    """G4."""
-    assert "cannot be tuned in full" in run("--quantization_bit", bits).mistake()
+def test_full_fine_tuning_of_quantized_weights_is_rejected(bits, run):
+    assert "weights cannot be trained" in run("--quantization_bit", bits).mistake()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here, so --fp16 is fine")
-def test_fp16_without_cuda_is_refused(run):
-    """G3: on CUDA the weights stay in float32 and only the forward pass is float16."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="--fp16 works on a CUDA device")
+def test_fp16_without_cuda_is_rejected(run):
+    """On CUDA the weights stay in float32 and only the forward pass is in float16."""
     assert "--fp16 needs a CUDA device" in run("--fp16").mistake()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 @pytest.mark.parametrize("by", ["flag", "variable"])
-def test_a_device_that_is_not_there_is_refused(by, run, monkeypatch):
+def test_a_missing_cuda_device_is_rejected(by, run, monkeypatch):
     if by == "variable":
         monkeypatch.setenv("DEVICE", "cuda")
     assert "no CUDA device" in run(*(["--device", "cuda"] if by == "flag" else [])).mistake()
 
 
-def test_all_numbers_out_of_bounds_are_told_at_once(run):
-    told = run(
+def test_all_values_out_of_range_are_reported_at_once(run):
+    message = run(
         "--learning-rate", 0, "--num-train-epochs", -1, "--max-steps", 0, "--save-total-limit", 0, "--fp16", "--bf16"
     ).mistake()
     for part in ("--learning-rate 0.0", "--num-train-epochs -1.0", "--max-steps 0", "--save-total-limit 0", "exclude"):
-        assert part in told
+        assert part in message
 
 
-def test_scores_need_rows_to_answer(run):
+def test_predict_with_generate_needs_a_test_file(run):
     assert "--test-file" in run("--predict-with-generate").mistake()
 
 
-def test_no_model_is_a_mistake_and_the_variable_names_one(glm, toy_native, rows_file, tmp_path, monkeypatch):
-    words = ("train", "--train-file", rows_file(ROW), "--output-dir", tmp_path / "out")
-    assert "--model-name-or-path" in glm(*words).mistake()
+def test_a_run_without_a_model_is_rejected_and_model_path_names_one(glm, toy_native, rows_file, tmp_path, monkeypatch):
+    flags = ("train", "--train-file", rows_file(ROW), "--output-dir", tmp_path / "out")
+    assert "--model-name-or-path" in glm(*flags).mistake()
     monkeypatch.setenv("MODEL_PATH", str(toy_native))
     with pytest.raises(Loading):
-        glm(*words)
+        glm(*flags)
 
 
-def test_the_original_layout_must_be_converted_first(run, toy_original):
+def test_a_base_model_in_the_original_layout_must_be_converted_first(run, toy_original):
     assert "convert it first: glm convert" in run("--model-name-or-path", toy_original).mistake()
 
 
 class TestOutput:
     """The folder for the result."""
 
-    def test_it_must_be_empty_or_be_given_up(self, run, tmp_path):
+    def test_it_must_be_empty_or_be_overwritten(self, run, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "notes.txt").write_text("dear")
         assert "--overwrite-output-dir" in run().mistake()
@@ -196,45 +256,46 @@ class TestOutput:
     def test_it_cannot_be_a_file_nor_below_one(self, run, tmp_path):
         (tmp_path / "taken").write_text("")
         assert "is a file" in run("--output-dir", tmp_path / "taken").mistake()
-        assert "cannot make --output-dir" in run("--output-dir", tmp_path / "taken" / "out").mistake()
+        assert "cannot create --output-dir" in run("--output-dir", tmp_path / "taken" / "out").mistake()
 
     def test_it_cannot_be_or_hold_the_base_model(self, run, toy_native, tmp_path):
-        """To go on from out/checkpoint-500 into out would delete it before it is read."""
+        """Training from out/checkpoint-500 into out would delete it before it is read."""
         old = shutil.copytree(toy_native, tmp_path / "out" / "checkpoint-500")
         for base, output in ((toy_native, toy_native), (old, tmp_path / "out")):
-            told = run("--model-name-or-path", base, "--output-dir", output, "--overwrite-output-dir").mistake()
-            assert "the base model's own folder" in told
+            message = run("--model-name-or-path", base, "--output-dir", output, "--overwrite-output-dir").mistake()
+            assert "the folder of the base model" in message
         assert (old / "model.safetensors").is_file()
 
-    def test_an_earlier_result_outlives_a_mistake(self, run, tmp_path):
+    def test_an_earlier_result_survives_a_user_error(self, run, tmp_path):
         old = [tmp_path / "out" / "checkpoint-3" / "config.json", tmp_path / "out" / "model.safetensors"]
-        exported = tmp_path / "out" / "checkpoint-3-export" / "config.json"  # not this run's to remove
+        exported = tmp_path / "out" / "checkpoint-3-export" / "config.json"  # does not belong to the run
         for file in (*old, exported):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("dear")
-        for words in (("--max-source-length", 3), ("--train-file", "/no/such/file"), ("--quantization-bit", 4), FREEZE):
-            run("--overwrite-output-dir", *words).mistake()
+        for flags in (("--max-source-length", 3), ("--train-file", "/no/such/file"), ("--quantization-bit", 4), FREEZE):
+            run("--overwrite-output-dir", *flags).mistake()
         assert all(file.read_text() == "dear" for file in old)
         with pytest.raises(Loading):
             run("--overwrite-output-dir")
-        assert not any(file.exists() for file in old) and exported.exists()
+        assert not any(file.exists() for file in old)
+        assert exported.exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("flags", "message"),
     [
-        (("--lora-rank", 16), "--lora-rank belongs to --method lora or qlora, and the method is full"),
+        (("--lora-rank", 16), "--lora-rank belongs to --method lora or qlora, but the method is full"),
         (("--freeze-layers", 2, "--method", "lora"), "--freeze-layers belongs to --method freeze"),
         (("--prefix-projection",), "--prefix-projection belongs to --method ptuning"),
         (("--method", "lora", "--pre-seq-len", 8), "--pre-seq-len belongs to --method ptuning"),
     ],
 )
-def test_a_flag_of_another_method_is_refused_instead_of_left_unused(words, told, run):
-    assert told in run(*words).mistake()
+def test_a_flag_that_the_method_does_not_use_is_rejected(flags, message, run):
+    assert message in run(*flags).mistake()
 
 
-def test_test_rows_that_cannot_be_answered_are_counted(run, rows_file, capsys):
+def test_unusable_test_rows_are_counted_and_logged(run, rows_file, capsys):
     file = rows_file(ROW, {"content": "类型#裤", "summary": ""}, name="test.jsonl")
     with pytest.raises(Loading):
-        run("--test-file", file)
+        run("--test-file", file, "--max-skipped", 1)
     assert "test.jsonl: 1 rows to answer, 1 skipped, the first in line 2: empty response" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What `glm train` makes: a folder that works alone, asked as it was taught. What it refuses: test_train.py."""
+"""Results of `glm train`: a self-contained folder, prompted as in training. Errors before a run: test_train.py."""
 
 import json
 import shutil
@@ -7,16 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
-from transformers import Trainer
 
 from entrypoints.__main__ import main
+from entrypoints.chat_format.prompt import PromptFormat, as_messages
 from entrypoints.checkpoint.manifest import read_manifest
 from entrypoints.checkpoint.native import open_native
-from entrypoints.engines.transformers_engine import TransformersEngine
-from entrypoints.prompt import PromptFormat, as_messages
-from entrypoints.training import trainer
+from entrypoints.engines.transformers.engine import TransformersEngine
 from entrypoints.training.arguments import TrainArguments
-from entrypoints.training.batches import RowEncoder
+from entrypoints.training.preparation import prepare
+from entrypoints.training.rows.collation import RowEncoder
+from entrypoints.training.run import build_trainer
+from entrypoints.training.run_context import open_run
 
 PREFIX = "写一段文案："
 ROWS = [
@@ -33,7 +34,7 @@ def flags(model: Path, file: Path, output: Path) -> list:
 
 @pytest.fixture
 def train(glm, toy_native, rows_file, tmp_path):
-    """Train the toy on two rows; flags given again win."""
+    """Train the tiny model on two rows; repeated flags override the first ones."""
 
     def run(*words):
         file = rows_file(*ROWS, name="two.jsonl")
@@ -44,20 +45,22 @@ def train(glm, toy_native, rows_file, tmp_path):
 
 @pytest.fixture(scope="module")
 def tuned(toy_native, tmp_path_factory):
-    """One run with a prefix and columns of its own, saved after each of its two steps; then its base is moved away."""
+    """A run with its own prefix and columns, saved after each of its two steps; then its base model is moved away."""
     folder = tmp_path_factory.mktemp("run")
     base = shutil.copytree(toy_native, folder / "base")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    words = [*flags(base, folder / "rows.jsonl", folder / "tuned"), *COLUMNS, "--source_prefix", PREFIX]
+    command = [*flags(base, folder / "rows.jsonl", folder / "tuned"), *COLUMNS, "--source_prefix", PREFIX]
     limits = ["--max-source-length", 80, "--max-target-length", 40]
-    assert main(["train", *map(str, [*words, *limits, "--max-steps", 2, "--save-steps", 1, "--logging-steps", 1])]) == 0
+    assert (
+        main(["train", *map(str, [*command, *limits, "--max-steps", 2, "--save-steps", 1, "--logging-steps", 1])]) == 0
+    )
     base.rename(folder / "moved away")
     return folder / "tuned"
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What reaches the model: `prompts`, and the `limit` of the answer's tokens. It answers nothing."""
+    """What reaches the model: `prompts`, and `limit`, the maximum tokens of an answer. The answers are empty."""
     seen = SimpleNamespace(prompts=[], limit=None)
 
     def generate(self, prompt, sampling, *_):
@@ -73,69 +76,72 @@ def asked(monkeypatch):
     return seen
 
 
-def learnt_prompt(row: dict, folder: Path) -> list[int]:
-    """The ids in front of the answer in the row that training sees."""
+def training_prompt(row: dict, folder: Path) -> list[int]:
+    """The token ids before the answer in the encoded training row."""
     tokenizer = open_native(folder).tokenizer
     encoder = RowEncoder(tokenizer, PromptFormat("chatglm3", PREFIX), 80, 40)
     ids = encoder({"prompt": row["ask"], "response": row["say"], "history": row["before"]})["input_ids"]
-    cue = len(ids) - ids[::-1].index(tokenizer.control("<|assistant|>"))
+    cue = len(ids) - ids[::-1].index(tokenizer.special_token_id("<|assistant|>"))
     return ids[:cue]
 
 
-def test_the_folder_alone_loads_and_answers(tuned, glm):
-    """A6: the base model's folder is gone by now."""
+def test_the_result_and_every_checkpoint_load_and_generate_without_the_base_model(tuned, glm):
+    """The folder of the base model has been moved away."""
     assert glm("verify", tuned).code == 0
-    assert glm("chat", "--model", tuned, "--prompt", "你好", *GREEDY, "--verify").code == 0
-
-
-def test_every_checkpoint_on_the_way_loads_and_answers_too(tuned, glm):
-    """A6."""
     checkpoints = sorted(tuned.glob("checkpoint-*"))
     assert [folder.name for folder in checkpoints] == ["checkpoint-1", "checkpoint-2"]
-    for folder in checkpoints:
+    for folder in (tuned, *checkpoints):
         assert glm("chat", "--model", folder, "--prompt", "你好", *GREEDY, "--verify").code == 0
 
 
-def test_the_prompt_format_is_kept_with_the_weights(tuned):
-    """F8."""
+def test_the_prompt_format_is_stored_with_the_weights(tuned):
     for folder in (tuned, tuned / "checkpoint-1"):
         stored = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
-        assert stored == {"template": "chatglm3", "source_prefix": PREFIX}
+        assert stored == {"template": "chatglm3", "source_prefix": PREFIX, "family": "chatglm3"}
 
 
-def test_chat_asks_with_the_ids_of_training(tuned, asked, glm):
-    """F8: the prefix too."""
+def test_chat_prompts_with_the_token_ids_of_training_and_the_source_prefix(tuned, asked, glm):
     glm("chat", "--model", tuned, "--prompt", ROWS[1]["ask"], *GREEDY)
-    assert asked.prompts == [learnt_prompt(ROWS[1], tuned)]
+    assert asked.prompts == [training_prompt(ROWS[1], tuned)]
 
 
-def test_evaluate_asks_with_the_columns_history_and_limits_of_training(tuned, asked, rows_file, tmp_path, glm):
-    """F7: nothing but the file is named."""
+def test_evaluate_uses_the_columns_history_and_limits_of_training(tuned, asked, rows_file, tmp_path, glm):
+    """The command names the test file alone."""
     file = rows_file(*ROWS)
     done = glm(
         "evaluate", "--model", tuned, "--test-file", file, "--output-dir", tmp_path / "scores", "--device", "cpu"
     )
     assert done.code == 0
-    assert sorted(asked.prompts) == sorted(learnt_prompt(row, tuned) for row in ROWS)
+    assert sorted(asked.prompts) == sorted(training_prompt(row, tuned) for row in ROWS)
     assert asked.limit == 40
     columns = read_manifest(tuned)["provenance"]["columns"]
     assert columns == {"prompt": "ask", "response": "say", "history": "before"}
 
 
-def test_evaluate_does_without_a_history_that_the_rows_lack(tuned, asked, rows_file, tmp_path, glm):
+def test_evaluate_accepts_rows_without_the_history_column(tuned, asked, rows_file, tmp_path, glm):
     row = {"ask": "类型#裙", "say": "好看的裙子。"}
     done = glm("evaluate", "--model", tuned, "--test-file", rows_file(row), "--output-dir", tmp_path / "scores")
     assert done.code == 0
-    assert asked.prompts == [learnt_prompt(ROWS[1], tuned)]
+    assert asked.prompts == [training_prompt(ROWS[1], tuned)]
 
 
-def test_a_tuned_folder_is_tuned_on_with_its_own_prefix(tuned, train, tmp_path):
+def test_a_validation_file_may_lack_the_history_column_and_the_training_rows_may_not(train, rows_file, tmp_path):
+    """`glm data split` puts rows with a history into one of its files only, if there are few."""
+    plain = rows_file({"ask": "类型#裙", "say": "好看的裙子。"}, name="plain.jsonl")
+    done = train("--validation-file", plain, "--train-file", rows_file(*ROWS))
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text(encoding="utf-8"))["eval_loss"] > 0
+    message = "no column 'before' in plain.jsonl; columns: ask, say"
+    assert message in train("--overwrite-output-dir", "--train-file", plain).mistake()
+
+
+def test_a_fine_tuned_folder_is_fine_tuned_again_with_its_own_prefix(tuned, train, tmp_path):
     done = train("--model-name-or-path", tuned)
     assert done.code == 0
     assert json.loads((tmp_path / "out" / "prompt.json").read_text(encoding="utf-8"))["source_prefix"] == PREFIX
 
 
-def test_stdout_holds_the_folder_alone_and_the_weights_have_changed(train, toy_native, tmp_path):
+def test_stdout_contains_only_the_output_folder_and_the_weights_have_changed(train, toy_native, tmp_path):
     done = train("--learning-rate", 1e-2)
     assert (done.code, done.out) == (0, f"{tmp_path / 'out'}\n")
     before, after = (load_file(folder / "model.safetensors") for folder in (toy_native, tmp_path / "out"))
@@ -146,38 +152,33 @@ def test_stdout_holds_the_folder_alone_and_the_weights_have_changed(train, toy_n
     assert not all(before[name].equal(after[name]) for name in before)
 
 
-def test_with_json_logs_every_line_on_stderr_is_json(train):
-    lines = [json.loads(line) for line in train("--log-format", "json", "--logging-steps", 1).err.splitlines()]
-    assert any("loss" in line["message"] for line in lines)
-
-
-def test_the_other_template_precision_and_memory_flags_make_a_folder_too(train, tmp_path):
+def test_the_other_template_precision_and_memory_flags_work_together_and_all_logs_are_json(train, tmp_path):
     done = train(
+        "--log-format", "json", "--logging-steps", 1,
         "--template", "round", "--bf16", "--gradient-checkpointing", "--gradient-accumulation-steps", 2,
         "--history-column", "before", "--max-train-samples", 1, "--lr-scheduler-type", "cosine", "--warmup-steps", 1,
     )  # fmt: skip
     assert done.code == 0
     assert open_native(tmp_path / "out", verify=True).prompt_format.template == "round"
+    assert any("loss" in json.loads(line)["message"] for line in done.err.splitlines())
 
 
 @pytest.mark.parametrize("count", [35, 1])
 def test_validation_rows_of_any_number_give_a_loss(count, train, rows_file):
-    """F6."""
     done = train("--validation-file", rows_file(*[ROWS[1] | {"before": []}] * count, name="dev.jsonl"))
     assert done.code == 0
     assert "eval_loss" in done.err
 
 
 @pytest.mark.parametrize("method", [("lora",), ("ptuning", "--pre-seq-len", 4)], ids=lambda words: words[0])
-def test_validation_rows_give_a_loss_with_an_adapter_too(method, train, rows_file):
-    """G13: the Trainer finds no labels in the signature of a model with a prefix."""
+def test_validation_rows_give_a_loss_with_an_adapter(method, train, rows_file):
+    """The Trainer would look for labels in the signature of the model, which a prefix model does not have."""
     done = train("--method", *method, "--validation-file", rows_file(ROWS[1], name="dev.jsonl"))
     assert done.code == 0
     assert "eval_loss" in done.err
 
 
-def test_an_empty_validation_file_turns_validation_off_with_a_notice(train, tmp_path):
-    """F6: 0 bytes."""
+def test_an_empty_validation_file_disables_validation_with_a_warning(train, tmp_path):
     (tmp_path / "dev.jsonl").write_bytes(b"")
     done = train("--validation-file", tmp_path / "dev.jsonl")
     assert done.code == 0
@@ -185,12 +186,11 @@ def test_an_empty_validation_file_turns_validation_off_with_a_notice(train, tmp_
     assert "eval_loss" not in done.err
 
 
-@pytest.mark.parametrize("words", [("--logging-steps", 1), ()], ids=["logged", "before the first log line"])
-def test_a_loss_that_is_no_number_ends_the_run(words, train, tmp_path):
-    """G4."""
-    told = train("--learning-rate", 1e30, "--max-steps", 3, *words).mistake()
-    assert "the loss was nan in 2 steps in a row, up to step 3" in told
-    assert "lower --learning-rate" in told
+@pytest.mark.parametrize("flags", [("--logging-steps", 1), ()], ids=["logged", "before the first log line"])
+def test_a_loss_that_is_not_finite_ends_the_run(flags, train, tmp_path):
+    message = train("--learning-rate", 1e30, "--max-steps", 3, *flags).mistake()
+    assert "the loss was nan in 2 consecutive steps, up to step 3" in message
+    assert "lower --learning-rate" in message
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -205,10 +205,10 @@ def test_test_rows_are_answered_and_scored_at_the_end(train, rows_file, tmp_path
     assert glm("verify", tmp_path / "out").code == 0
 
 
-def test_conversations_with_a_tool_are_learnt_packed_and_answered_from_all_that_was_said(
+def test_conversations_with_tools_are_trained_with_packing_and_tested_with_the_prompt_of_the_api(
     glm, toy_native, rows_file, asked, tmp_path
 ):
-    """F7: the tool's schema, its call and what it observed are in front of the answer, as the API would put them."""
+    """Before the answer: schema of the tool, its call and its observation, in the order of the API."""
     tool = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
     turns = [
         {"role": "system", "content": "查天气", "tools": [tool]},
@@ -225,32 +225,22 @@ def test_conversations_with_a_tool_are_learnt_packed_and_answered_from_all_that_
     assert PromptFormat().encode(as_messages(turns[:-1]), tokenizer) in asked.prompts
 
 
-def test_rows_of_like_length_share_a_batch(toy_native, tmp_path, monkeypatch):
+def test_rows_of_similar_length_share_a_batch(toy_native, tmp_path):
     """128 short and 128 long rows, shuffled by the sampler: at most one batch in eight mixes them."""
-
-    class Started(Exception):
-        pass
-
-    def start(self, *_, **__):
-        found.append(self)
-        raise Started
-
-    found = []
-    monkeypatch.setattr(Trainer, "train", start)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         "".join(json.dumps({"content": "裙" * (1 + 40 * (n % 2)), "summary": "好"}) + "\n" for n in range(256))
     )
-    with pytest.raises(Started):
-        trainer.train(TrainArguments(toy_native, rows, tmp_path / "out", per_device_train_batch_size=4))
-    masks = [batch["attention_mask"] for batch in found[0].get_train_dataloader()]
+    arguments = TrainArguments(toy_native, rows, tmp_path / "out", per_device_train_batch_size=4, device="cpu")
+    trainer = build_trainer(prepare(open_run(arguments, None)))
+    masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
     assert sum(len(mask) for mask in masks) == 256
     mixed = sum(len(set(mask.sum(1).tolist())) > 1 for mask in masks)
     assert mixed <= len(masks) / 8
 
 
 def test_the_loss_falls_on_real_rows(golden, golden_native, tmp_path, glm):
-    """The public ADGEN rows and the real vocabulary; 11.1 is the loss of even odds over 65024 ids."""
+    """Public ADGEN rows and the real vocabulary; 11.1 is the loss of a uniform distribution over 65024 ids."""
     words = ["--max-train-samples", 64, "--max-source-length", 32, "--max-target-length", 24]
     steps = ["--max-steps", 18, "--logging-steps", 6, "--learning-rate", 1e-2]
     assert glm("train", *flags(golden_native, golden / "adgen_dev.json", tmp_path / "out"), *words, *steps).code == 0
@@ -261,18 +251,18 @@ def test_the_loss_falls_on_real_rows(golden, golden_native, tmp_path, glm):
     assert losses[2] < 8
 
 
-def test_the_proof_runs_on_the_device_of_the_training(glm, toy_native, rows_file, tmp_path, monkeypatch):
-    """DEVICE counts, too: another device may have no room."""
+def test_the_result_is_checked_on_the_device_of_the_training(glm, toy_native, rows_file, tmp_path, monkeypatch):
+    """Also when DEVICE selects it: another device may not have enough memory."""
     devices = []
     load = TransformersEngine.load
 
-    def loading(*args, device="auto", **rest):
-        devices.append(device)
-        return load(*args, device=device, **rest)
+    def loading(model, options):
+        devices.append(options.device)
+        return load(model, options)
 
     monkeypatch.setattr(TransformersEngine, "load", loading)
     monkeypatch.setenv("DEVICE", "cpu")
-    words = flags(toy_native, rows_file({"content": "裙", "summary": "好"}), tmp_path / "out")[:-2]
-    assert "--device" not in words
-    assert glm("train", *words, "--max-steps", 1).code == 0
+    arguments = flags(toy_native, rows_file({"content": "裙", "summary": "好"}), tmp_path / "out")[:-2]
+    assert "--device" not in arguments
+    assert glm("train", *arguments, "--max-steps", 1).code == 0
     assert devices == ["cpu"]

@@ -1,4 +1,4 @@
-"""A few sample rows, and short runs on the toy in float32 on the CPU."""
+"""A few sample rows, and short runs on the tiny model in float32 on the CPU."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from entrypoints.training.arguments import TrainArguments
-from entrypoints.training.trainer import train
+from entrypoints.training.preflight.quick_checks import check_inputs, check_output_dir
+from entrypoints.training.preparation import prepare
+from entrypoints.training.run import train
+from entrypoints.training.run_context import open_run
 
 SHORT_RUN = {
     "max_steps": 6,
@@ -31,17 +34,22 @@ def sample_file(sample_rows, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tune(toy_native, sample_file) -> Callable[..., Path]:
-    """Run in this process: `tune(folder, method="lora")`; further fields win over SHORT_RUN."""
+    """Train in this process: `tune(folder, method="lora")`; further fields override SHORT_RUN."""
 
     def run(output: Path, **fields) -> Path:
-        told = {
+        fields = {
             "model_name_or_path": toy_native,
             "train_file": sample_file,
             "output_dir": output,
             **SHORT_RUN,
             **fields,
         }
-        return train(TrainArguments(**told))
+        arguments = TrainArguments(**fields)
+        deepspeed = check_inputs(arguments)
+        check_output_dir(arguments)
+        prepared = prepare(open_run(arguments, deepspeed))
+        prepared.take_output_dir()
+        return train(prepared)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and the way back. Trap names (G4, G5, G7) are those."""
+"""Checkpoints: atomic saves, resuming, interrupts and invalid steps."""
 
 import json
 import shutil
@@ -7,25 +7,29 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Trainer
 
 from entrypoints.checkpoint.adapters import LORA_FILE, PREFIX_FILE
+from entrypoints.checkpoint.manifest import check_manifest
 from entrypoints.errors import UserError
-from entrypoints.training import checkpoints, methods
-from entrypoints.training.watching import BrokenSteps, Interrupts
+from entrypoints.training.checkpoints import store
+from entrypoints.training.checkpoints.folders import list_checkpoints
+from entrypoints.training.loop.callbacks import InvalidStepCounter, SaveOnSignal
+from entrypoints.training.methods import trainable_model
 
 METHOD_NAMES = ["full", "freeze", "lora", "ptuning"]
 
 
 @pytest.fixture(scope="module")
 def straight(tune, tmp_path_factory):
-    """Six steps of each method in one go, with a checkpoint after the third; batches of two of 24 rows."""
+    """Six uninterrupted steps of each method, with a checkpoint after the third; batches of two of 24 rows."""
     folder = tmp_path_factory.mktemp("straight")
     return {method: tune(folder / method, method=method) for method in METHOD_NAMES}
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
-def test_three_steps_and_three_resumed_ones_are_six_steps(method, straight, tune, logged, tmp_path):
-    """G7: losses and weights of float32 runs with dropout agree to the last bit."""
+def test_three_steps_and_three_resumed_steps_equal_six_steps(method, straight, tune, logged, tmp_path):
+    """Losses and weights of float32 runs with dropout are bitwise equal."""
     output = tmp_path / "out"
     output.mkdir()
     shutil.copytree(straight[method] / "checkpoint-3", output / "checkpoint-3")
@@ -37,8 +41,8 @@ def test_three_steps_and_three_resumed_ones_are_six_steps(method, straight, tune
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_run_resumed_in_its_second_epoch_sees_the_rows_it_had_before_it(tune, logged, tmp_path):
-    """G7: 12 steps an epoch; the order of the second one depends on the seed alone, not on what ran before."""
+def test_a_run_resumed_in_its_second_epoch_continues_with_the_same_row_order(tune, logged, tmp_path):
+    """12 steps per epoch; the order of the second epoch depends on the seed alone."""
     whole = tune(tmp_path / "whole", max_steps=16, save_steps=14)
     output = tmp_path / "out"
     output.mkdir()
@@ -47,17 +51,17 @@ def test_a_run_resumed_in_its_second_epoch_sees_the_rows_it_had_before_it(tune, 
     assert logged(output) == logged(whole)
 
 
-def test_a_checkpoint_holds_what_the_tutorials_tree_shows(straight):
+def test_a_checkpoint_has_the_files_of_the_public_script(straight):
     names = {file.name for file in (straight["full"] / "checkpoint-3").iterdir()}
     assert names >= {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
     assert names >= {"trainer_state.json", "training_args.bin", "tokenizer.json", "tokenizer_config.json"}
     assert names >= {"prompt.json", "manifest.json", "checkpoint.json"}
-    beside = {file.name for file in straight["full"].iterdir()}
-    assert beside >= {"all_results.json", "train_results.json", "trainer_state.json", "checkpoint-6"}
+    output = {file.name for file in straight["full"].iterdir()}
+    assert output >= {"all_results.json", "train_results.json", "trainer_state.json", "checkpoint-6"}
 
 
 class TestResume:
-    """Which checkpoint is taken."""
+    """Selection of the checkpoint."""
 
     @pytest.fixture
     def output(self, straight, tmp_path):
@@ -65,170 +69,181 @@ class TestResume:
             shutil.copytree(straight["lora"] / f"checkpoint-{step}", tmp_path / "out" / f"checkpoint-{step}")
         return tmp_path / "out"
 
-    def test_auto_takes_the_newest_by_number_not_by_age_or_spelling(self, output):
-        shutil.copytree(output / "checkpoint-6", output / "checkpoint-12")
-        (output / "checkpoint-old").mkdir()
-        assert checkpoints.to_resume("auto", output).folder.name == "checkpoint-12"
-
     @pytest.mark.parametrize(
-        ("damage", "told"),
+        ("damage", "message"),
         [
             (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
-            (lambda folder: (folder / "checkpoint.json").unlink(), "no checkpoint.json"),
+            (lambda folder: (folder / "checkpoint.json").unlink(), "checkpoint.json is missing"),
             (lambda folder: (folder / "checkpoint.json").write_text("{"), "checkpoint.json is damaged"),
+            (
+                lambda folder: (folder / "checkpoint.json").write_text('{"files": {"../x": 1}, "made_with": {}}'),
+                "checkpoint.json is damaged",
+            ),
             (lambda folder: (folder / "rng_state.pth").write_bytes(b"half"), "rng_state.pth has 4 bytes, not "),
         ],
     )
-    def test_an_incomplete_one_is_passed_over_by_name(self, damage, told, output, caplog):
+    def test_an_incomplete_checkpoint_is_skipped_and_named(self, damage, message, output, caplog):
         damage(output / "checkpoint-6")
-        assert checkpoints.to_resume("auto", output).step == 3
-        assert f"passed over checkpoint-6: {told}" in caplog.text
-        with pytest.raises(UserError, match=told):
-            checkpoints.to_resume(str(output / "checkpoint-6"), output)
+        assert store.find_checkpoint("auto", output).step == 3
+        assert f"skipped incomplete checkpoint-6: {message}" in caplog.text
+        with pytest.raises(UserError, match=message):
+            store.find_checkpoint(str(output / "checkpoint-6"), output)
 
-    def test_a_checkpoint_without_optimizer_is_refused_in_words(self, output):
-        """G7: what `save_only_model` of other trainers leaves."""
+    def test_a_checkpoint_without_optimizer_state_is_rejected_with_a_clear_error_message(self, output):
+        """As saved by `save_only_model` of other trainers."""
         folder = output / "checkpoint-6"
         record = json.loads((folder / "checkpoint.json").read_text())
         del record["files"]["optimizer.pt"]
         (folder / "checkpoint.json").write_text(json.dumps(record))
         with pytest.raises(UserError, match="a model without the state of the optimizer"):
-            checkpoints.to_resume(str(folder), output)
+            store.find_checkpoint(str(folder), output)
 
-    def test_no_complete_one_at_all_is_a_mistake_but_none_at_all_a_start(self, output, tmp_path):
+    def test_only_incomplete_checkpoints_are_an_error_and_no_checkpoint_is_a_fresh_start(self, output, tmp_path):
         for step in (3, 6):
             (output / f"checkpoint-{step}" / "optimizer.pt").unlink()
-        with pytest.raises(UserError, match=r"no checkpoint .* is complete \(checkpoint-6: .*checkpoint-3: "):
-            checkpoints.to_resume("auto", output)
-        assert checkpoints.to_resume("auto", tmp_path / "nowhere") is None
+        with pytest.raises(UserError, match=r"no checkpoint .* is complete \(checkpoint-3: .*checkpoint-6: "):
+            store.find_checkpoint("auto", output)
+        assert store.find_checkpoint("auto", tmp_path / "nowhere") is None
 
-    def test_another_method_cannot_go_on(self, output, tune):
-        with pytest.raises(UserError, match="was made with --method lora, not full"):
+    def test_another_method_cannot_resume(self, output, tune):
+        with pytest.raises(UserError, match="was saved with --method lora, this run has --method full"):
             tune(output, resume="auto")
 
-    @pytest.mark.parametrize(
-        ("fields", "told"),
-        [
-            ({"lora_rank": 4}, "--lora-rank 8, not 4"),
-            ({"lora_alpha": 16}, "--lora-alpha 32, not 16"),
-            ({"lora_target": "all-linear"}, "--lora-target attention, not all-linear"),
-        ],
-    )
-    def test_what_was_learnt_cannot_go_on_in_another_shape(self, fields, told, output, tune):
-        with pytest.raises(UserError, match=f"was made with {told}"):
-            tune(output, method="lora", resume="auto", **fields)
-
-    def test_it_cannot_go_on_on_another_base(self, output, tune, straight):
+    def test_resuming_on_another_base_model_is_rejected(self, output, tune, straight):
         with pytest.raises(UserError, match=r"was tuned on .*, whose weights are not those of"):
             tune(output, method="lora", resume="auto", model_name_or_path=straight["full"])
 
 
 class TestSaving:
-    """A save that fails."""
+    """Failed and replaced saves."""
 
-    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
-    def test_a_full_disk_keeps_the_checkpoint_before_it(self, error, tune, tmp_path, monkeypatch):
-        """What a full disk makes of a plain write and of torch.save; tests/train fills a real one."""
-        save, calls = methods.save, []
+    @pytest.fixture(params=[OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+    def full_disk_at(self, request, monkeypatch):
+        """Let one of the saves of a run fail as a plain write or torch.save on a full disk; tests/train fills one."""
+        save, calls = trainable_model.save, []
 
-        def full(model, state, folder, *rest):
-            save(model, state, folder, *rest)
-            calls.append(folder)
-            if len(calls) == 2:
-                raise error
+        def use(number):
+            def fail(model, state, folder, *rest):
+                save(model, state, folder, *rest)
+                calls.append(folder)
+                if len(calls) == number:
+                    raise request.param
 
-        monkeypatch.setattr(methods, "save", full)
-        with pytest.raises(UserError, match=r"saving checkpoint-6 failed .*--resume auto"):
+            monkeypatch.setattr(trainable_model, "save", fail)
+
+        return use
+
+    def test_a_checkpoint_that_cannot_be_saved_costs_neither_the_run_nor_earlier_checkpoints(
+        self, full_disk_at, tune, tmp_path, caplog
+    ):
+        full_disk_at(2)  # of checkpoints 2, 4 and 6 and the result
+        output = tune(tmp_path / "out", method="lora", save_steps=2)
+        assert [one.step for one in list_checkpoints(output)] == [2, 6]
+        assert "saving checkpoint-4 failed" in caplog.text
+        assert check_manifest(output, hashes=True) >= 3
+        assert not (output / store.PARTIAL).exists()
+
+    def test_a_result_that_cannot_be_saved_leaves_the_checkpoints(self, full_disk_at, tune, tmp_path):
+        full_disk_at(3)
+        with pytest.raises(UserError, match=r"saving the result failed .*; the checkpoints are intact; fix the cause"):
             tune(tmp_path / "out", method="lora")
-        assert checkpoints.to_resume("auto", tmp_path / "out").step == 3
-        assert not (tmp_path / "out" / "checkpoint-6").exists()
-        assert not list((tmp_path / "out" / checkpoints.PARTIAL).iterdir())
+        assert store.find_checkpoint("auto", tmp_path / "out").step == 6
+
+    @pytest.mark.parametrize("name", ["_save_optimizer_and_scheduler", "_save_rng_state"])
+    def test_a_state_that_cannot_be_saved_costs_only_its_checkpoint(self, name, tune, tmp_path, monkeypatch, caplog):
+        def fail(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Trainer, name, fail)
+        output = tune(tmp_path / "out", method="lora")
+        assert list_checkpoints(output) == []
+        assert "saving checkpoint-6 failed ([Errno 28] No space left on device)" in caplog.text
+        assert check_manifest(output, hashes=True) >= 3
 
     @pytest.mark.parametrize(
         ("method", "name"), [("full", "model.safetensors"), ("lora", LORA_FILE), ("ptuning", PREFIX_FILE)]
     )
-    def test_a_tensor_saved_as_nothing_is_refused_where_it_is_saved(self, method, name, tune, tmp_path, monkeypatch):
-        """G5: what ZeRO-3 saves when nothing gathers its parts."""
-        save = methods.save
+    def test_a_tensor_saved_empty_is_rejected_at_the_save(self, method, name, tune, tmp_path, monkeypatch):
+        """ZeRO-3 saves empty tensors when nothing gathers the partitions."""
+        save = trainable_model.save
 
         def hollow(model, state, folder, *rest):
             save(model, state, folder, *rest)
             tensors = load_file(folder / name)
             save_file(tensors | {min(tensors): torch.empty(0)}, folder / name)
 
-        monkeypatch.setattr(methods, "save", hollow)
+        monkeypatch.setattr(trainable_model, "save", hollow)
         with pytest.raises(UserError, match=r"\[0\]"):
             tune(tmp_path / "out", method=method)
         assert not (tmp_path / "out" / "checkpoint-3").exists()
 
-    def test_only_as_many_as_wanted_are_kept_the_newest(self, tune, tmp_path):
+    def test_save_total_limit_keeps_the_newest_checkpoints(self, tune, tmp_path):
         output = tune(tmp_path / "out", method="lora", save_steps=1, save_total_limit=2)
         assert sorted(folder.name for folder in output.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
 
-    def test_a_save_replaces_an_older_one_of_the_same_step(self, tmp_path):
+    def test_a_save_replaces_an_older_checkpoint_of_the_same_step(self, tmp_path):
         for text in ("old", "new"):
             (tmp_path / "partial").mkdir()
             (tmp_path / "partial" / "file").write_text(text)
-            checkpoints.publish(tmp_path / "partial", tmp_path / "checkpoint-1", {})
+            store.publish(tmp_path / "partial", tmp_path / "checkpoint-1", {"made_with": {}})
         assert (tmp_path / "checkpoint-1" / "file").read_text() == "new"
         assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-class TestBrokenSteps:
-    """Steps that teach nothing."""
+class TestInvalidStepCounter:
+    """Consecutive steps without a usable loss."""
 
     @pytest.mark.parametrize(("loss", "cause"), [(float("nan"), "overflowed"), (0.0, "no label is left")])
     def test_three_in_a_row_end_the_run_with_the_likely_cause(self, loss, cause):
-        """G4."""
-        steps = BrokenSteps(3)
-        steps.note(loss, False, 1)
-        steps.note(1.0, False, 2)
-        steps.note(loss, False, 3)
-        steps.note(loss, False, 4)
-        with pytest.raises(UserError, match=f"3 steps in a row, up to step 5: .*{cause}"):
-            steps.note(loss, False, 5)
+        steps = InvalidStepCounter(3)
+        steps.record(loss, False, 1)
+        steps.record(1.0, False, 2)
+        steps.record(loss, False, 3)
+        steps.record(loss, False, 4)
+        with pytest.raises(UserError, match=f"3 consecutive steps, up to step 5: .*{cause}"):
+            steps.record(loss, False, 5)
 
     def test_overflowing_gradients_may_skip_some_steps_but_not_thirty(self):
-        steps = BrokenSteps(3)
+        steps = InvalidStepCounter(3)
         for step in range(29):
-            steps.note(1.0, True, step)
-        with pytest.raises(UserError, match="30 steps in a row overflowed"):
-            steps.note(1.0, True, 29)
+            steps.record(1.0, True, step)
+        with pytest.raises(UserError, match="overflowed in 30 consecutive steps"):
+            steps.record(1.0, True, 29)
 
     def test_a_step_of_several_batches_counts_once(self, tune, tmp_path, monkeypatch):
-        """G4: fp16's first skipped steps would end the run where gradients are accumulated."""
-        noted = []
-        monkeypatch.setattr(BrokenSteps, "note", lambda self, *told: noted.append(told))
+        """Otherwise the first skipped steps of fp16 would end a run with gradient accumulation."""
+        recorded = []
+        monkeypatch.setattr(InvalidStepCounter, "record", lambda self, *values: recorded.append(values))
         tune(tmp_path / "out", max_steps=2, gradient_accumulation_steps=3)
-        assert [(skipped, step) for _, skipped, step in noted] == [(False, 1), (False, 2)]
+        assert [(skipped, step) for _, skipped, step in recorded] == [(False, 1), (False, 2)]
 
-    def test_one_that_is_no_number_is_borne_if_another_follows_and_not_at_the_end(self):
-        steps = BrokenSteps(3)
-        steps.note(float("nan"), False, 1)
-        steps.note(1.0, False, 2)
-        steps.end()
-        steps.note(float("nan"), False, 3)
-        with pytest.raises(UserError, match="1 steps in a row, up to step 3"):
-            steps.end()
+    def test_a_loss_that_is_not_finite_is_accepted_in_between_but_not_at_the_end(self):
+        steps = InvalidStepCounter(3)
+        steps.record(float("nan"), False, 1)
+        steps.record(1.0, False, 2)
+        steps.check_last()
+        steps.record(float("nan"), False, 3)
+        with pytest.raises(UserError, match="1 consecutive steps, up to step 3"):
+            steps.check_last()
 
 
 class TestInterrupts:
-    """Signals; whole runs that get one are in tests/train."""
+    """Signals; complete runs that receive one are in tests/train."""
 
     @pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-    def test_a_signal_is_noted_and_ends_the_run_as_it_would_have(self, number, ends):
-        interrupts, before = Interrupts(), signal.getsignal(number)
-        with interrupts.caught():
+    def test_a_signal_is_recorded_and_ends_the_run_as_it_would_have(self, number, ends):
+        interrupts, before = SaveOnSignal(), signal.getsignal(number)
+        with interrupts.handling():
             signal.raise_signal(number)
-            signal.raise_signal(number)  # the launcher's copy of the terminal's
+            signal.raise_signal(number)  # the copy that the launcher forwards
         assert signal.getsignal(number) is before
         with pytest.raises(ends):
-            interrupts.raise_if_any()
+            interrupts.raise_received()
 
     def test_a_second_signal_ends_at_once(self, monkeypatch):
-        interrupts = Interrupts()
-        monkeypatch.setattr("entrypoints.training.watching.SAME_SIGNAL_SECONDS", -1.0)
-        with interrupts.caught():
+        interrupts = SaveOnSignal()
+        monkeypatch.setattr("entrypoints.training.loop.callbacks.SAME_SIGNAL_SECONDS", -1.0)
+        with interrupts.handling():
             signal.raise_signal(signal.SIGTERM)
             with pytest.raises(SystemExit):
                 signal.raise_signal(signal.SIGTERM)

@@ -1,6 +1,5 @@
-"""How many processes, where, and who says so; whole runs are in tests/train. Trap G12 of the list of reported pains."""
+"""How many processes a run has and where, from flags and environment; whole runs are in tests/train."""
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,22 @@ def arguments(**fields):
     return TrainArguments(Path("base"), Path("rows"), Path("out"), **fields)
 
 
-def test_nothing_said_is_one_process():
-    assert launch.layout(arguments(), {}, 8).processes == 1
+def test_without_flags_and_variables_a_run_has_one_process():
+    assert launch.plan_layout(arguments(), {}, 8).world_size == 1
 
 
-def test_one_machine_takes_a_free_port_whatever_the_environment_says():
-    """G12."""
-    place = launch.layout(arguments(num_processes=2), {"MASTER_PORT": "29500"}, 0)
-    assert (place.processes, place.address) == (2, "127.0.0.1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", int(place.port)))
+def test_on_one_node_torchrun_binds_a_free_port_itself_whatever_the_environment_says():
+    """A port chosen by glm could be taken by another process before torchrun binds it."""
+    layout = launch.plan_layout(arguments(num_processes=2), {"MASTER_PORT": "29500"}, 0)
+    torchrun_args = layout.torchrun_args()
+    assert layout.world_size == 2
+    assert "--standalone" in torchrun_args
+    assert "--master-port" not in torchrun_args
+    assert torchrun_args[torchrun_args.index("--local-addr") + 1] == "127.0.0.1"
 
 
 @pytest.mark.parametrize(
-    ("told", "rank"),
+    ("variables", "rank"),
     [
         ({"NNODES": "2", "NODE_RANK": "1"}, 1),
         ({"NNODES": "2", "JOB_COMPLETION_INDEX": "1"}, 1),
@@ -38,52 +39,63 @@ def test_one_machine_takes_a_free_port_whatever_the_environment_says():
         ({"NNODES": "2"}, 0),
     ],
 )
-def test_machines_find_each_other_by_what_kubernetes_sets(told, rank):
-    place = launch.layout(arguments(num_gpus=8), POD | told, 8)
-    assert (place.processes, place.nodes, place.node_rank) == (16, 2, rank)
-    assert (place.address, place.port) == ("train-0.train", "23456")
-    words = place.torchrun_words()
-    assert words[words.index("--node-rank") + 1] == f"{rank}"
+def test_nodes_find_each_other_by_the_variables_that_kubernetes_sets(variables, rank):
+    layout = launch.plan_layout(arguments(num_gpus=8), POD | variables, 8)
+    assert (layout.world_size, layout.nnodes, layout.node_rank) == (16, 2, rank)
+    assert (layout.master_addr, layout.master_port) == ("train-0.train", "23456")
+    torchrun_args = layout.torchrun_args()
+    assert torchrun_args[torchrun_args.index("--node-rank") + 1] == f"{rank}"
 
 
-def test_machines_without_a_place_to_meet_or_with_a_wrong_number_are_refused():
-    with pytest.raises(UserError, match="set MASTER_ADDR"):
-        launch.layout(arguments(), {"NNODES": "2"}, 0)
-    with pytest.raises(UserError, match="number is 2, of 2"):
-        launch.layout(arguments(), POD | {"NNODES": "2", "NODE_RANK": "2"}, 0)
-    with pytest.raises(UserError, match="NNODES=two is no number"):
-        launch.layout(arguments(), POD | {"NNODES": "two"}, 0)
+def test_nodes_without_master_addr_or_with_an_invalid_rank_are_rejected():
+    with pytest.raises(UserError, match="MASTER_ADDR is not set for 2 nodes"):
+        launch.plan_layout(arguments(), {"NNODES": "2"}, 0)
+    with pytest.raises(UserError, match="rank of this node is 2, but there are 2 nodes"):
+        launch.plan_layout(arguments(), POD | {"NNODES": "2", "NODE_RANK": "2"}, 0)
+    with pytest.raises(UserError, match="NNODES=two is not a number"):
+        launch.plan_layout(arguments(), POD | {"NNODES": "two"}, 0)
 
 
-def test_more_gpus_than_there_are_is_refused_with_the_other_way():
-    with pytest.raises(UserError, match=r"this machine has 0 GPUs .*--num-processes"):
-        launch.layout(arguments(num_gpus=2), {}, 0)
+def test_more_gpus_than_the_node_has_are_rejected_and_the_error_names_num_processes():
+    with pytest.raises(UserError, match=r"this node has 0 usable GPUs; .*--num-processes"):
+        launch.plan_layout(arguments(num_gpus=2), {}, 0)
     with pytest.raises(UserError, match="exclude each other"):
         arguments(num_gpus=2, num_processes=2)
 
 
-def test_a_process_of_a_launcher_is_known_by_its_local_rank():
-    assert launch.is_worker({"LOCAL_RANK": "0", "RANK": "8"}) and not launch.is_main({"LOCAL_RANK": "0", "RANK": "8"})
-    assert not launch.is_worker({"RANK": "1", "WORLD_SIZE": "2"}) and launch.is_main({"RANK": "1"})
+@pytest.mark.parametrize(
+    ("env", "worker", "writes"),
+    [
+        ({"LOCAL_RANK": "0", "RANK": "0"}, True, True),
+        ({"LOCAL_RANK": "0", "RANK": "8"}, True, False),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False, False),  # the second pod of a PyTorchJob
+        ({"RANK": "0", "WORLD_SIZE": "2"}, False, True),
+        ({"NODE_RANK": "1", "NNODES": "1"}, False, True),  # trains alone, into its own folder
+        ({}, False, True),
+    ],
+)
+def test_local_rank_marks_a_worker_and_only_rank_0_or_the_first_node_writes_the_output(env, worker, writes):
+    assert (launch.is_worker(env), launch.writes_output(env)) == (worker, writes)
 
 
 @pytest.mark.parametrize("name", ["NODE_RANK", "PET_NODE_RANK", "JOB_COMPLETION_INDEX", "RANK"])
-def test_a_machine_with_a_number_above_0_but_not_of_how_many_does_not_train_alone(name):
-    """Each would write into the same folder. 0 is also the only pod of a Job: it may."""
-    with pytest.raises(UserError, match="number is 1, and nothing says of how many; set NNODES"):
-        launch.layout(arguments(), POD | {name: "1"}, 0)
-    assert launch.layout(arguments(), POD | {name: "0"}, 0).processes == 1
-    assert launch.layout(arguments(), POD | {name: "1", "NNODES": "1"}, 0).processes == 1
+def test_a_node_with_a_rank_above_0_but_no_number_of_nodes_does_not_train_alone(name):
+    """All nodes would write into the same folder. Rank 0 is also the only pod of a Job, which may train."""
+    with pytest.raises(UserError, match="rank of this node is 1, but the number of nodes is not set; set NNODES"):
+        launch.plan_layout(arguments(), POD | {name: "1"}, 0)
+    assert launch.plan_layout(arguments(), POD | {name: "0"}, 0).world_size == 1
+    assert launch.plan_layout(arguments(), POD | {name: "1", "NNODES": "1"}, 0).world_size == 1
 
 
 @pytest.mark.parametrize(
-    ("env", "per_node", "nodes"),
+    ("env", "nproc_per_node", "nnodes"),
     [
         ({"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}, 8, 2),
-        ({"LOCAL_SIZE": "2", "WORLD_SIZE": "2"}, 2, 1),  # the deepspeed launcher's word
+        ({"LOCAL_SIZE": "2", "WORLD_SIZE": "2"}, 2, 1),  # set by the deepspeed launcher
         ({}, 1, 1),
     ],
 )
-def test_a_process_of_a_launcher_knows_how_many_there_are(env, per_node, nodes):
-    place = launch.joined({"LOCAL_RANK": "0", "RANK": "0"} | env)
-    assert (place.per_node, place.nodes, place.processes) == (per_node, nodes, per_node * nodes)
+def test_a_worker_knows_the_number_of_processes_from_the_variables_of_its_launcher(env, nproc_per_node, nnodes):
+    layout = launch.worker_layout({"LOCAL_RANK": "0", "RANK": "0"} | env)
+    assert (layout.nproc_per_node, layout.nnodes) == (nproc_per_node, nnodes)
+    assert layout.world_size == nproc_per_node * nnodes

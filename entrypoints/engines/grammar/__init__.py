@@ -1,0 +1,1 @@
+"""Grammars (GBNF) of answers, for the engines that generate under one: llama.cpp and transformers."""

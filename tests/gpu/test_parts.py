@@ -1,0 +1,68 @@
+"""The parts of `make test-gpu` on a CPU, as far as they go there, and how they are run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER))
+
+import parts  # noqa: E402
+
+ON_CPU = ("numbers", "half", "packed", "loss", "methods", "quantized", "batching", "refusal")
+
+
+def run(*flags: str, seconds: int = 280) -> list[dict]:
+    command = [sys.executable, FOLDER / "run.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines, done.stderr
+    return lines
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_part_holds_on_a_cpu_with_tiny_models(name, tmp_path):
+    """The others start `glm train` and are tests of their own in tests/train."""
+    assert set(parts.PARTS) - set(ON_CPU) == {"resume", "zero2", "zero3"}
+    try:
+        found = parts.PARTS[name][0]("cpu", tmp_path, True)
+    except parts.Skipped as reason:
+        pytest.skip(str(reason))
+    assert json.dumps(found)
+
+
+def test_all_parts_fit_into_the_time_of_one_device_and_have_a_limit_of_their_own():
+    assert sum(seconds for _, seconds in parts.PARTS.values()) <= 800  # limits; nine minutes in all are enforced
+    assert all(20 <= seconds <= 120 for _, seconds in parts.PARTS.values())
+
+
+def test_every_part_writes_one_line_and_one_that_fails_or_is_too_slow_ends_no_other():
+    lines = run("refusal", "numbers", "--small", "--device", "cuda", "--patience", "0.02")
+    assert [line["part"] for line in lines] == ["refusal", "numbers"]
+    assert lines == [{"part": "refusal", "ok": False, "error": "longer than 0 s"}, lines[1]]
+    assert run("refusal", "--small", "--device", "cpu", "--patience", "12")[0]["ok"]
+
+
+def test_the_benchmark_of_a_gpu_runs_with_a_tiny_model_on_a_cpu():
+    program = FOLDER.parent / "bench" / "gpu_bench.py"
+    command = [sys.executable, program, "--small", "--steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    trained = [(row["what"], row["tokens"]) for row in rows if row["what"].startswith("train")]
+    assert trained == [(f"train {name}", length) for name in ("lora", "qlora", "full") for length in (32, 64)]
+    assert [row["answers"] for row in rows if row["what"] == "decode"] == [1, 8, 64]
+    assert {row["what"] for row in rows} >= {"start to ready", "first token"}
+    assert all(row["share_of_limit"] > 0 for row in rows if "share_of_limit" in row)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_all_parts_hold_on_this_gpu():
+    lines = run(seconds=590)
+    assert all(line.get("ok") or "skipped" in line for line in lines), lines

@@ -1,0 +1,253 @@
+"""KV caches of prompts in files: what a second engine reads again, for whom, and what damages do."""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from entrypoints.chat_format.sampling import Sampling
+from entrypoints.checkpoint.manifest import write_file_record
+from entrypoints.engines.llamacpp.engine import LlamaCppEngine
+from entrypoints.engines.llamacpp.slot_files import SOCKET_NAME, SlotFiles
+from entrypoints.engines.options import EngineOptions
+from entrypoints.errors import UserError
+
+CONVERSATION = [id_ % 1900 + 100 for id_ in range(0, 800 * 7, 7)]
+
+
+def greedy(owner):
+    return Sampling(max_new_tokens=8, temperature=0, cache_salt=owner)
+
+
+@pytest.fixture(scope="module")
+def model(toy_gguf, tmp_path_factory):
+    """The tiny model with the record that `glm quantize` writes."""
+    file = tmp_path_factory.mktemp("model") / "toy.gguf"
+    shutil.copy(toy_gguf, file)
+    write_file_record(file, file)
+    return file
+
+
+@pytest.fixture
+def start(model, tmp_path):
+    """Starts engines that keep their prefixes in one folder, and closes them at the end."""
+    engines = []
+
+    def load(slots=2, **options):
+        options = {"prefix_cache": tmp_path / "cache", "threads": 1, "slots": slots} | options
+        engines.append(LlamaCppEngine.load(model, EngineOptions(**options)))
+        return engines[-1]
+
+    yield load
+    for engine in engines:
+        engine.close()
+
+
+def ask(engine, prompt, owner="alice"):
+    """The answer, and the number of prompt tokens that llama.cpp computed for it, by its own count."""
+    progress, server = [], engine._streams._server
+
+    class Listening:
+        def handle_completions(self, request, receive):
+            def listen(chunk):
+                progress.append(chunk.get("prompt_progress"))
+                return receive(chunk)
+
+            server.handle_completions(request, listen)
+
+    engine._streams._server = Listening()
+    try:
+        answer = [int(token) for token in engine.generate(prompt, greedy(owner))]
+    finally:
+        engine._streams._server = server
+    first = next(filter(None, progress))
+    return answer, first["total"] - first["cache"]
+
+
+def states(folder):
+    return sorted(Path(folder).rglob("*.state"))
+
+
+def test_a_second_engine_answers_a_known_conversation_without_computing_it_again(start, llama):
+    first = start()
+    answer, computed = ask(first, CONVERSATION)
+    assert computed == 800
+    first.close()
+    second = start()
+    assert ask(second, CONVERSATION) == (answer, 1)  # llama.cpp always computes the last id
+    question = [*CONVERSATION, *answer, 105, 106, 107]
+    longer, computed = ask(second, question)
+    assert computed <= 4
+    assert longer == [int(token) for token in llama.generate(question, greedy(""))]  # as without a cache
+
+
+def test_a_conversation_that_gave_its_slot_to_another_one_is_read_from_its_file(start):
+    engine = start(slots=1)
+    answer, _ = ask(engine, CONVERSATION)
+    ask(engine, CONVERSATION[::-1])
+    assert ask(engine, CONVERSATION) == (answer, 1)
+
+
+def test_no_client_profits_from_what_another_one_asked(start):
+    """Neither in memory nor from a file: the time of an answer would reveal it."""
+    first = start(slots=1)
+    ask(first, CONVERSATION, "alice")
+    assert ask(first, CONVERSATION, "bob")[1] == 800
+    assert ask(first, CONVERSATION, "alice")[1] == 1
+    first.close()
+    assert ask(start(), CONVERSATION, "carol")[1] == 800
+
+
+def test_a_prompt_of_the_operator_is_computed_once_for_all_clients(start):
+    start().warm(CONVERSATION)
+    second = start()
+    for owner in ("alice", "bob"):
+        assert ask(second, [*CONVERSATION, 105, 106], owner)[1] == 2
+
+
+def test_a_prompt_that_is_kept_already_is_not_computed_when_the_server_warms_up(start, tmp_path):
+    first = start()
+    first.warm(CONVERSATION)
+    first.close()
+    (written,) = states(tmp_path)
+    before = written.stat().st_ctime_ns
+    start().warm(CONVERSATION)
+    assert states(tmp_path) == [written] or written.stat().st_ctime_ns == before
+
+
+def test_a_state_with_another_hash_is_removed_and_its_prompt_computed(start, tmp_path, caplog):
+    first = start()
+    answer, _ = ask(first, CONVERSATION)
+    first.close()
+    (file,) = states(tmp_path)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    second = start()
+    assert ask(second, CONVERSATION) == (answer, 800)
+    assert "does not match its SHA-256" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "record", ["{", '{"owner": "x"}', '{"owner": "x", "sha256": "y", "tokens": [[1]]}', "[" * 9999]
+)
+def test_a_damaged_record_is_removed_with_its_file(record, start, tmp_path):
+    first = start()
+    ask(first, CONVERSATION)
+    first.close()
+    (file,) = states(tmp_path)
+    file.with_suffix(".json").write_text(record)
+    assert ask(start(), CONVERSATION)[1] == 800
+
+
+def test_a_file_that_llama_cpp_rejects_is_computed_again(start, tmp_path):
+    """With a correct hash, as after a change of llama.cpp's own format."""
+    first = start()
+    answer, _ = ask(first, CONVERSATION)
+    first.close()
+    (file,) = states(tmp_path)
+    file.write_bytes(b"another format" * 1000)
+    record = json.loads(file.with_suffix(".json").read_text())
+    write_file_record(tmp_path / "x", file)
+    digest = json.loads((tmp_path / "x.json").read_text())["sha256"]
+    file.with_suffix(".json").write_text(json.dumps(record | {"sha256": digest}))
+    assert ask(start(), CONVERSATION) == (answer, 800)
+
+
+def test_the_least_recently_used_states_are_removed_when_the_folder_is_full(start, tmp_path):
+    prompts = [[id_ + shift for id_ in CONVERSATION] for shift in range(4)]
+    first = start(slots=1)
+    ask(first, prompts[0])
+    first.close()
+    size = states(tmp_path)[0].stat().st_size
+    second = start(slots=1, prefix_cache_bytes=int(3.5 * size))
+    for prompt in (prompts[1], prompts[2], prompts[0], prompts[3]):
+        ask(second, prompt)
+    second.close()
+    third = start(slots=1)
+    assert [ask(third, prompt)[1] for prompt in prompts] == [1, 800, 1, 1]
+
+
+def test_the_states_of_another_model_are_not_read(start, model, tmp_path):
+    first = start()
+    ask(first, CONVERSATION)
+    first.close()
+    other = tmp_path / "other.gguf"
+    shutil.copy(model, other)
+    record = json.loads(model.with_name("toy.gguf.json").read_text()) | {"sha256": "0" * 64}
+    other.with_name("other.gguf.json").write_text(json.dumps(record))
+    engine = LlamaCppEngine.load(other, EngineOptions(prefix_cache=tmp_path / "cache", threads=1))
+    assert ask(engine, CONVERSATION)[1] == 800
+    engine.close()
+
+
+def test_only_this_user_can_read_the_files(start, tmp_path):
+    """They contain conversations."""
+    engine = start()
+    ask(engine, CONVERSATION)
+    engine.close()
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert folder.stat().st_mode & 0o077 == 0
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
+    assert all("alice" not in file.read_text(errors="replace") for file in folder.iterdir())
+
+
+def test_the_socket_of_llama_cpp_needs_the_key_and_goes_with_the_engine(start, tmp_path):
+    engine = start()
+    folder = engine._prefix_cache._files.socket_folder
+    assert folder.stat().st_mode & 0o077 == 0
+    intruder = SlotFiles(tmp_path)
+    (intruder.socket_folder / SOCKET_NAME).symlink_to(folder / SOCKET_NAME)
+    with pytest.raises(RuntimeError, match="cannot save slot 0"):
+        intruder.save(0, "stolen")
+    intruder.close()
+    engine.close()
+    assert not folder.exists()
+
+
+def test_a_call_that_is_cancelled_while_it_waits_for_a_slot_ends(start):
+    engine = start(slots=1)
+    running = engine.generate(CONVERSATION, Sampling(max_new_tokens=200, temperature=0))
+    next(running)
+    cancelled = threading.Event()
+    cancelled.set()
+    assert list(engine.generate([105], greedy("bob"), cancelled=cancelled)) == []
+    running.close()
+    assert ask(engine, CONVERSATION, "bob")[0]
+
+
+def test_more_calls_than_slots_all_get_their_own_answers(start, llama):
+    engine = start()
+    prompts = [[id_ + shift for id_ in CONVERSATION[:100]] for shift in range(6)]
+    expected = [[int(token) for token in llama.generate(prompt, greedy(""))] for prompt in prompts]
+    results = {}
+    threads = [
+        threading.Thread(target=lambda n=n: results.update({n: list(engine.generate(prompts[n], greedy(str(n))))}))
+        for n in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [results[n] for n in range(6)] == expected
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_a_folder_that_is_not_writable_is_named(start, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(UserError, match=r"--prefix-cache .*locked cannot be used"):
+        start(prefix_cache=tmp_path / "locked")
+
+
+def test_a_file_in_place_of_the_folder_is_named(start, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--prefix-cache .*file cannot be used"):
+        start(prefix_cache=tmp_path / "file")
+
+
+def test_a_model_without_a_record_is_rejected_with_the_remedy(toy_gguf, tmp_path):
+    with pytest.raises(UserError, match=r"is missing, so .*toy\.gguf cannot be checked"):
+        LlamaCppEngine.load(toy_gguf, EngineOptions(prefix_cache=tmp_path))
