@@ -65,8 +65,8 @@ def check_disk(run: "RunContext", steps: int, resumed: Checkpoint | None = None)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free + sum(map(_size, _replaced(folder, resumed)))
     text = (
-        f"{need.count} checkpoints of {_bytes(need.checkpoint)} with the state of the optimizer, "
-        f"the result {_bytes(need.result)}"
+        f"{need.count} x {_bytes(need.checkpoint)} for checkpoints with the state of the optimizer, "
+        f"{_bytes(need.result)} for the result"
     )
     if need.peak > free:
         raise UserError(

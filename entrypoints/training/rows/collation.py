@@ -155,7 +155,7 @@ def encode_rows(
             counts["targets"] += sum(row["target_truncated"] for row in rows)
         writer.close()
     logger.info(
-        "%d rows, %.1f tokens on average, %d at most; %d prompts and %d answers truncated",
+        "%d rows, %.1f tokens on average, %d at most; truncated: %d prompts, %d responses",
         counts["rows"], counts["tokens"] / max(counts["rows"], 1), counts["longest"],
         counts["sources"], counts["targets"],
     )  # fmt: skip

@@ -128,7 +128,7 @@ def test_truncated_prompts_and_answers_are_counted_in_the_log(encoder, caplog, t
     examples = [example("裙" * 200, "短"), example("短", "美" * 200), example("短", "短")]
     written(examples, encoder, tmp_path / "rows")
     assert "3 rows" in caplog.text
-    assert "1 prompts and 1 answers truncated" in caplog.text
+    assert "truncated: 1 prompts, 1 responses" in caplog.text
 
 
 def test_there_may_be_more_workers_than_rows(encoder, tmp_path):

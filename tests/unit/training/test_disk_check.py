@@ -89,7 +89,7 @@ def test_a_full_run_of_the_6b_needs_room_for_its_optimizer(context, free_disk):
     assert disk_check.estimate(run, 400).checkpoint == pytest.approx(12 * 6.2436e9, rel=1e-3)
     free_disk(12_600_000_000)
     with pytest.raises(
-        UserError, match=r"writes up to 87\.4 GB .*1 checkpoints of 74\.9 GB .*result 12\.5 GB.*12\.6 GB fr"
+        UserError, match=r"writes up to 87\.4 GB .*1 x 74\.9 GB for checkpoints .*12\.5 GB for the result.*12\.6 GB fr"
     ):
         disk_check.check_disk(run, 400)
 
