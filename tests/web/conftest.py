@@ -62,7 +62,7 @@ class Served:
         self.process = Process(
             glm("web", "--ui", ui, "--port", port, *arguments),
             folder / "page.log",
-            PYTHONPATH=os.pathsep.join([str(SUPPORT / "lonely"), os.environ.get("PYTHONPATH", "")]),
+            PYTHONPATH=os.pathsep.join([str(SUPPORT / "network_recorder"), os.environ.get("PYTHONPATH", "")]),
             OUTSIDE_FILE=str(self.outside),
             **environment,
         )

@@ -204,7 +204,7 @@ def test_streamlit_run_serves_the_page_without_contacting_other_hosts(scripted_a
         tmp_path / "log",
         API_URL=f"{scripted_api.url}/v1",
         API_KEY=PAGE_KEY,
-        PYTHONPATH=str(SUPPORT / "lonely"),
+        PYTHONPATH=str(SUPPORT / "network_recorder"),
         OUTSIDE_FILE=str(outside),
     )
     try:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dimensions import CHATGLM3_6B
 from transformers import ContinuousBatchingConfig, GlmConfig
 from transformers.generation.continuous_batching import cache as library
 
@@ -20,19 +21,6 @@ from entrypoints.engines.transformers.engine import TransformersEngine
 from entrypoints.errors import UserError
 from entrypoints.hardware.gpus import Gpu
 from entrypoints.hardware.placement import Placement, weight_bytes
-
-CHATGLM3_6B = ModelConfig(  # 12.5 GB in 16 bits
-    num_layers=28,
-    hidden_size=4096,
-    num_heads=32,
-    num_kv_heads=2,
-    head_dim=128,
-    intermediate_size=13696,
-    vocab_size=65024,
-    context_length=8192,
-    rms_norm_eps=1e-5,
-    rope_ratio=1,
-)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])

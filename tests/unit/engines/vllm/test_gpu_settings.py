@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+from dimensions import CHATGLM3_6B
 
-from entrypoints.checkpoint.layout import ModelConfig
 from entrypoints.checkpoint.native import open_native
 from entrypoints.engines.loading import default_slots
 from entrypoints.engines.options import EngineOptions
@@ -18,18 +18,6 @@ from entrypoints.hardware.gpus import Gpu, check_compute_capability
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 GIB = 1 << 30
-CHATGLM3_6B = ModelConfig(  # 12.5 GB in 16 bits
-    num_layers=28,
-    hidden_size=4096,
-    num_heads=32,
-    num_kv_heads=2,
-    head_dim=128,
-    intermediate_size=13696,
-    vocab_size=65024,
-    context_length=8192,
-    rms_norm_eps=1e-5,
-    rope_ratio=1,
-)
 
 
 @pytest.fixture

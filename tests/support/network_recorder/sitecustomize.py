@@ -1,4 +1,4 @@
-"""On PYTHONPATH of a process: writes every host it looks up or connects to, but this machine, into $OUTSIDE_FILE."""
+"""On the PYTHONPATH of a process: writes every outside host that it looks up or connects to into $OUTSIDE_FILE."""
 
 import os
 import socket
