@@ -8,8 +8,9 @@ from entrypoints.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Parameters of one request; temperature and top_p default to those of ChatGLM3's own chat().
+    """Parameters of one request; temperature and top_p default to those of the models' own chat().
 
+    They are equal in modeling_chatglm.py of ChatGLM2, CodeGeeX2, ChatGLM3 and GLM-4, therefore no family has its own.
     Raises UserError: names every field outside its bounds.
     """
 

@@ -11,6 +11,7 @@ from entrypoints.chat_format.prompt import PromptFormat
 from entrypoints.checkpoint.conversion import convert_to_native
 from entrypoints.demo.model import write_demo_model
 from entrypoints.errors import UserError
+from entrypoints.families import CHATGLM3, Family
 
 SAMPLE_FILES = ("ad_copy.jsonl", "chat.jsonl")
 COLUMN_FLAGS = ("--prompt-column", "content", "--response-column", "summary", "--history-column", "history")
@@ -40,14 +41,14 @@ def write_sample_data(folder: Path) -> list[str]:
     return texts
 
 
-def train_demo_model(folder: Path) -> Path:
+def train_demo_model(folder: Path, family: Family = CHATGLM3) -> Path:
     """Train a demo model that answers small talk and some ads, in a fraction of the time of `glm demo`.
 
     Returns its checkpoint. Raises UserError: training failed.
     """
     texts = write_sample_data(folder)
-    write_demo_model(folder / "original", texts)
-    convert_to_native(folder / "original", folder / "native", PromptFormat())
+    write_demo_model(folder / "original", texts, family=family)
+    convert_to_native(folder / "original", folder / "native", PromptFormat.of(family))
     ads, talk = ((folder / name).read_text(encoding="utf-8").splitlines(keepends=True) for name in SAMPLE_FILES)
     (folder / "train.jsonl").write_text("".join([*talk, *ads[:SHORT_TRAINING_ADS]]), encoding="utf-8")
     arguments = ["--model-name-or-path", folder / "native", "--train-file", folder / "train.jsonl"]

@@ -57,9 +57,12 @@ KNOWN_MODELS = {
     "THUDM/chatglm2-6b": _unpinned("chatglm2-6b"),
     "THUDM/chatglm2-6b-32k": _unpinned("chatglm2-6b-32k"),
     "THUDM/codegeex2-6b": _unpinned("codegeex2-6b"),
+    "THUDM/glm-4-9b": _unpinned("glm-4-9b"),
     "THUDM/glm-4-9b-chat": _unpinned("glm-4-9b-chat"),
     "THUDM/glm-4-9b-chat-1m": _unpinned("glm-4-9b-chat-1m"),
+    "THUDM/glm-4-9b-hf": _unpinned("glm-4-9b-hf"),
     "THUDM/glm-4-9b-chat-hf": _unpinned("glm-4-9b-chat-hf"),
+    "THUDM/glm-4-9b-chat-1m-hf": _unpinned("glm-4-9b-chat-1m-hf"),
 }
 ORGANIZATION_ALIASES = {"zai-org": "THUDM", "ZhipuAI": "THUDM"}  # its later name, and its name on ModelScope
 

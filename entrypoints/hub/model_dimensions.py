@@ -8,8 +8,13 @@ from entrypoints.checkpoint.tensor_files import read_json
 from entrypoints.errors import UserError
 from entrypoints.hub.download import KNOWN_MODELS, ORGANIZATION_ALIASES
 
-# The 6B models differ in context length and rotary base only. Sources: config.json of each repository.
+# The 6B models differ in context length and rotary base only. Sources: config.json of each repository, seen in copies:
+# sophgo/LLM-TPU (chatglm3-6b, -32k, glm-4-9b-chat), chatJeffrey/GLM2-6B (chatglm2-6b), Lionelpang/codegeex2-6b, the
+# GGUF metadata of ollama.com/EntropyYue/chatglm3 (-128k) and GLM-4's README (context length of the base model). The
+# rotary base of chatglm2-6b-32k and of glm-4-9b was not found; it takes no memory.
 _GLM4_9B = ModelConfig(40, 4096, 32, 2, 128, 13696, 151552, 131072, 1.5625e-07, 500)
+_GLM4_9B_BASE = replace(_GLM4_9B, context_length=8192, rope_ratio=1)
+_GLM4_9B_1M = replace(_GLM4_9B, num_kv_heads=4, context_length=1 << 20, rope_ratio=10000)
 PUBLISHED = {
     f"THUDM/{name}": ModelConfig(28, 4096, 32, 2, 128, 13696, 65024, context_length, 1e-5, rope_ratio)
     for name, context_length, rope_ratio in (
@@ -22,9 +27,15 @@ PUBLISHED = {
         ("codegeex2-6b", 8192, 1),
     )
 } | {
-    "THUDM/glm-4-9b-chat": _GLM4_9B,
-    "THUDM/glm-4-9b-chat-1m": replace(_GLM4_9B, num_kv_heads=4, context_length=1 << 20, rope_ratio=10000),
-    "THUDM/glm-4-9b-chat-hf": _GLM4_9B,
+    f"THUDM/glm-4-9b{name}": model_config
+    for name, model_config in (
+        ("", _GLM4_9B_BASE),
+        ("-chat", _GLM4_9B),
+        ("-chat-1m", _GLM4_9B_1M),
+        ("-hf", _GLM4_9B_BASE),
+        ("-chat-hf", _GLM4_9B),
+        ("-chat-1m-hf", _GLM4_9B_1M),
+    )
 }
 
 

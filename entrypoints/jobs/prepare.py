@@ -18,6 +18,7 @@ from entrypoints.engines.packages import (
     TRAINING_PACKAGES,
     require_packages,
 )
+from entrypoints.families import DEFAULT_FAMILY, family_named
 from entrypoints.flags import add_family_flag
 from entrypoints.hub.download import SOURCES
 from entrypoints.settings import Settings
@@ -57,7 +58,9 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     )
     from entrypoints.hub.model_store import PrepareOptions, prepare_gguf, prepare_model
 
-    options = PrepareOptions(settings, _create_demo, _merge, args.source, args.look_in, args.family)
+    options = PrepareOptions(
+        settings, lambda folder: _create_demo(folder, args.family), _merge, args.source, args.look_in, args.family
+    )
     folder = prepare_model(args.store, args.model, options)
     file = prepare_gguf(folder, args.quantize, _quantize) if args.quantize else None
     print(*filter(None, (folder, file)), sep="\n")
@@ -77,7 +80,7 @@ def _merge(adapter: Path, base: Path, target: Path) -> None:
     export(adapter, target, ExportOptions(base, overwrite=True))
 
 
-def _create_demo(folder: Path) -> Path:
+def _create_demo(folder: Path, family: str | None) -> Path:
     from entrypoints.demo.recipe import train_demo_model
 
-    return train_demo_model(folder)
+    return train_demo_model(folder, family_named(family or DEFAULT_FAMILY))

@@ -90,6 +90,14 @@ def test_training_reserves_gpus_only_if_their_number_is_set():
     assert command[command.index("--num-gpus") + 1] == "8"
 
 
+def test_a_model_is_prepared_with_the_family_that_is_set(services):
+    named = Project("glm-test", PROFILES, FAMILY="chatglm2").config()["services"]
+    for name in ("model-init", "model-init-plain"):
+        without, with_family = services[name]["command"], named[name]["command"]
+        assert parse_arguments(without)[1].family is None
+        assert with_family == [*without, "--family", "chatglm2"]
+
+
 def test_every_service_is_restricted(services):
     for name, service in services.items():
         assert service["read_only"] is True, name

@@ -15,7 +15,8 @@ case "$*" in
   *'ps --all --quiet'*) echo container ;;
   *glm.model*) cat served ;;
   *Health.Status*) [[ $(cat served) == heavy ]] && echo 'starting restarting 2' || echo 'healthy running 0' ;;
-  *' run '*) echo "prepare $MODEL with ${!#}" >>calls; [[ $MODEL == base || $MODEL == mine || $MODEL == heavy ]] ;;
+  *' run '*) echo "prepare $MODEL${FAMILY:+ of $FAMILY} with ${!#}" >>calls
+    [[ $MODEL == base || $MODEL == mine || $MODEL == heavy ]] ;;
   *' up '*) echo "serve $MODEL as ${!#}" >>calls; echo "$MODEL" >served ;;
   *' logs '*) echo 'glm: the model needs 99 GB' ;;
   *) exit 3 ;;
@@ -63,6 +64,22 @@ def test_a_model_is_prepared_then_served_then_written_into_env(before, after, sw
     assert done.returncode == 0, done.stderr
     assert calls == ["prepare mine with model-init", "serve mine as api"]
     assert done.stdout.splitlines()[-1] == "switch: mine is served; to go back: make switch MODEL=base"
+    assert (tmp_path / ".env").read_text() == after
+
+
+@pytest.mark.parametrize(
+    ("before", "family", "after"),
+    [
+        ("MODEL=base\n", "chatglm2", "MODEL=mine\nFAMILY=chatglm2\n"),
+        ("MODEL=base\nFAMILY=glm4\n", "chatglm2", "MODEL=mine\nFAMILY=chatglm2\n"),
+        ("MODEL=base\nFAMILY=glm4\n", "", "MODEL=mine\nFAMILY=\n"),
+    ],
+)
+def test_the_family_of_the_former_model_is_not_used_for_the_next_one(before, family, after, switch, tmp_path):
+    (tmp_path / ".env").write_text(before)
+    done, calls = switch("mine", FAMILY=family)
+    assert done.returncode == 0, done.stderr
+    assert calls[0] == f"prepare mine{f' of {family}' if family else ''} with model-init"
     assert (tmp_path / ".env").read_text() == after
 
 

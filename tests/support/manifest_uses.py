@@ -3,6 +3,7 @@
 SETTINGS = {
     "MODEL_SOURCE": "demo",
     "MODEL": "demo",
+    "FAMILY": "chatglm2",
     "SERVED_NAME": "chatglm3-6b",
     "CLIENT_NAMESPACE": "shop",
     "CLIENT_LABEL": "app",
@@ -53,6 +54,7 @@ USES = {
     "monitoring": (SERVING, ["settings-model", "monitoring"]),
     "runtime-class": ([*TRAINING, "serve", "evaluate"], ["vllm", *RUN, "settings-evaluation", "runtime-class"]),
     "site-mirror": (SERVING, ["site-mirror", "quantize", "settings-model"]),
+    "family": (SERVING, ["family", "quantize", "settings-model"]),
     "trainjob": (TRAINING, ["two-nodes", *RUN, "gpu/memory", "trainjob"]),
     "upload": ([], ["upload"]),
     "clients": (SERVING, ["quantize", "settings-model", "clients"]),

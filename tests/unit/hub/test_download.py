@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import hf_hub_download
 
+from entrypoints.checkpoint.family_evidence import families_in_name
 from entrypoints.errors import UserError
 from entrypoints.hub.download import KNOWN_MODELS, canonical_name, download
 
@@ -72,14 +73,22 @@ def test_bin_weights_are_downloaded_if_there_are_no_safetensors(folder, settings
 
 
 def test_the_models_are_known_by_every_name_of_their_organization():
-    assert len(KNOWN_MODELS) == 10
+    assert len(KNOWN_MODELS) == 13
     for model, repositories in KNOWN_MODELS.items():
         assert (
             canonical_name(model.replace("THUDM", "zai-org"))
             == canonical_name(repositories["modelscope"].repo)
             == model
         )
-    assert canonical_name("ZhipuAI/glm-4-9b") == "ZhipuAI/glm-4-9b"
+    assert canonical_name("ZhipuAI/glm-4-32b") == "ZhipuAI/glm-4-32b"
+
+
+def test_the_name_of_every_known_model_tells_its_family():
+    families = {name: families_in_name(name) for name in KNOWN_MODELS}
+    assert {name: len(found) for name, found in families.items()} == dict.fromkeys(KNOWN_MODELS, 1)
+    assert Counter(family for found in families.values() for family in found) == {
+        "chatglm3": 4, "chatglm2": 2, "codegeex2": 1, "glm4": 6
+    }  # fmt: skip
 
 
 def test_the_pinned_commit_is_requested_and_every_file_is_downloaded_from_it(folder, settings, huggingface):

@@ -14,7 +14,25 @@ from entrypoints.hub.model_dimensions import PUBLISHED, has_weights, read_dimens
 
 def test_every_model_that_can_be_downloaded_by_name_can_be_planned_by_name():
     assert [*PUBLISHED] == [*KNOWN_MODELS]
-    assert len({*PUBLISHED.values()}) == 6
+    assert len({*PUBLISHED.values()}) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "kv_heads", "context_length", "rope_ratio"),
+    [  # num_layers, multi_query_group_num, seq_length and rope_ratio of the published config.json
+        ("chatglm3-6b-32k", 28, 2, 32768, 50),
+        ("chatglm3-6b-128k", 28, 2, 131072, 500),
+        ("codegeex2-6b", 28, 2, 8192, 1),
+        ("glm-4-9b", 40, 2, 8192, 1),
+        ("glm-4-9b-chat", 40, 2, 131072, 500),
+        ("glm-4-9b-chat-1m-hf", 40, 4, 1048576, 10000),
+    ],
+)
+def test_the_variants_differ_in_cache_and_context_length(name, layers, kv_heads, context_length, rope_ratio):
+    known = PUBLISHED[f"THUDM/{name}"]
+    numbers = (known.num_layers, known.num_kv_heads, known.context_length, known.rope_ratio)
+    assert numbers == (layers, kv_heads, context_length, rope_ratio)
+    assert known.kv_cache_bytes(1) == 2 * 2 * layers * kv_heads * 128  # keys and values in 16 bits
 
 
 @pytest.mark.parametrize("name", ["THUDM/chatglm3-6b", "zai-org/chatglm3-6b", "ZhipuAI/chatglm3-6b", "chatglm3-6b"])

@@ -26,6 +26,9 @@ def test_the_demo_of_a_family_is_recognized_converted_and_restored(name, sample_
     convert_to_native(tmp_path / "original", tmp_path / "native", original_format(tmp_path / "original"))
     checkpoint = open_native(tmp_path / "native", verify=True)
     assert checkpoint.prompt_format.family == checkpoint.tokenizer.family.name == name
+    generation = json.loads((tmp_path / "native" / "generation_config.json").read_text())
+    assert (generation["do_sample"], generation["temperature"], generation["top_p"]) == (True, 0.8, 0.8)
+    assert generation["eos_token_id"] == list(checkpoint.tokenizer.stop_ids)
     convert_to_original(tmp_path / "native", tmp_path / "back")
     before, after = tensors(tmp_path / "original"), tensors(tmp_path / "back")
     assert before.keys() == after.keys()
