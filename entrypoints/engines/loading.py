@@ -42,11 +42,15 @@ def default_slots(model: Path, options: EngineOptions) -> int:
     from entrypoints.hardware.gpus import list_gpus
 
     gpus = list_gpus()
-    if gpus and options.engine == "vllm":
-        return GPU_SLOTS
-    if not gpus or options.load_in:
+    if not gpus or (options.load_in and options.engine != "vllm"):
         return DEFAULT_SLOTS
     from entrypoints.checkpoint.native import open_native
+
+    if options.engine == "vllm":
+        from entrypoints.engines.vllm.gpu_settings import gpu_settings
+
+        copies: int = gpu_settings(open_native(model).model_config, options)["data_parallel_size"]
+        return GPU_SLOTS * copies
     from entrypoints.engines.transformers.batching_memory import CUDA_CONTEXT_BYTES, fitting_slots
     from entrypoints.hardware.placement import weight_bytes
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DEFAULT_SLOTS = 4
-GPU_SLOTS = 256  # with vLLM, which shares one KV cache: its own default for GPUs below 70 GiB
+GPU_SLOTS = 256  # of each copy with vLLM, which shares one KV cache: its own default for GPUs below 70 GiB
 GPU_MEMORY_UTILIZATION = 0.9
 
 

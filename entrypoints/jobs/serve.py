@@ -80,7 +80,8 @@ def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--slots",
         type=int,
-        help=f"responses generated at a time; default: what the GPU holds, up to {DEFAULT_SLOTS}; vLLM: {GPU_SLOTS}",
+        help=f"responses generated at a time; default: what the GPU holds, up to {DEFAULT_SLOTS}; "
+        f"vLLM: {GPU_SLOTS} for each copy of the model",
     )
     group.add_argument(
         "--speculative",

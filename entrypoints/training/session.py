@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,7 @@ def _train_on_node(run: "RunContext", layout: "ProcessLayout", command_line: Seq
     from entrypoints.training.preparation import prepare
 
     prepared = prepare(run, layout.world_size, layout.node_rank == 0)  # user errors show before a process starts
+    prepared = _checkpointed_if_needed(prepared, layout)
 
     def train_node() -> None:
         if layout.world_size == 1 and not run.deepspeed:  # DeepSpeed needs a launcher
@@ -126,13 +128,32 @@ def _train_on_node(run: "RunContext", layout: "ProcessLayout", command_line: Seq
             return
         # the checkpoint that this process has found and checked: workers could find another one
         resumed = ["--resume", str(prepared.resumed.folder)] if prepared.resumed else []
-        launch.start_workers(layout, [*command_line, *resumed, f"--{STARTED_BY_GLM_FLAG}"])
+        switched_on = prepared.arguments.gradient_checkpointing and not run.arguments.gradient_checkpointing
+        checkpointing = ["--gradient-checkpointing"] if switched_on else []
+        launch.start_workers(layout, [*command_line, *resumed, *checkpointing, f"--{STARTED_BY_GLM_FLAG}"])
 
     if layout.node_rank == 0:
         return _complete(prepared, train_node)
     if prepared.has_steps:
         train_node()
     return None
+
+
+def _checkpointed_if_needed(run: "PreparedRun", layout: "ProcessLayout") -> "PreparedRun":
+    """The run with gradient checkpointing if its longest rows fit only so; on one node, where all workers get it."""
+    from entrypoints.training.preflight import memory_check
+    from entrypoints.training.preflight.memory_estimate import MemoryPlan
+    from entrypoints.training.preparation import row_lengths
+
+    plan = MemoryPlan.of_run(run, layout)
+    longest = max(row_lengths(run.dataset)) + run.arguments.prefix_length
+    plan = replace(plan, length=min(plan.length, longest))
+    gpus = min(plan.nproc_per_node, memory_check.visible_gpus(run.arguments))
+    gpu_bytes = memory_check.min_free_gpu_memory(gpus)
+    if layout.nnodes > 1 or not memory_check.needs_checkpointing(plan, gpu_bytes):
+        return run
+    logger.info("the longest batch, of rows of %d tokens, fits with gradient checkpointing, which is on", plan.length)
+    return replace(run, arguments=replace(run.arguments, gradient_checkpointing=True))
 
 
 def _complete(run: "PreparedRun", train: Callable[[], object]) -> Path:

@@ -81,7 +81,7 @@ def test_a_gpu_profile_reserves_by_count_or_by_id_and_never_by_both(profile, nam
 def test_training_reserves_gpus_only_if_their_number_is_set():
     profiles = ("train", "train-multi", "train-node", "eval")
     names = ("train", "train-0", "train-1", "train-node", "evaluate")
-    assert reserved_gpus(profiles) == {}
+    assert reserved_gpus(profiles) == reserved_gpus(profiles, NUM_GPUS="") == {}
     eight = reserved_gpus(profiles, NUM_GPUS=8)
     assert {name: devices[0]["count"] for name, devices in eight.items()} == dict.fromkeys(names, 8)
     some = reserved_gpus(profiles, NUM_GPUS=2, GPU_IDS="4,5")

@@ -103,6 +103,23 @@ def test_a_server_fits_the_smallest_node_with_its_gpu(used):
     assert args[args.index("--engine") :][:4] == ["--engine", "transformers", "--load-in", "4bit"]
 
 
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_a_server_with_several_gpus_has_slots_memory_and_a_core_for_each(count, used):
+    (server,) = (template for name, template in pods(used(f"gpus/{count}")) if name == "Deployment/api")
+    (one_gpu,) = (template for name, template in instances("serve-gpu") if name == "api")
+    each, single = container(server, "api"), container(one_gpu, "api")
+    for flag in ("--slots", "--queue"):
+        of_each, of_one = (int(one["args"][one["args"].index(flag) + 1]) for one in (each, single))
+        assert of_each == count * of_one
+    requested, before = each["resources"]["requests"], single["resources"]["requests"]
+    assert requested == each["resources"]["limits"]
+    assert requested["nvidia.com/gpu"] == str(count)
+    assert int(requested["cpu"]) - int(before["cpu"]) == count - 1
+    assert amount(requested["memory"]) - amount(before["memory"]) == (count - 1) * (
+        5 << 30
+    )  # as compose/README.md says
+
+
 def test_training_needs_whole_gpus_and_serving_accepts_a_large_enough_mig_slice():
     """GPU Feature Discovery sets the same MIG strategy with and without slices, but the slice label only with them."""
     sliced = gpu_node("sliced", MIG, 96, 1024)

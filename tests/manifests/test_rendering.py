@@ -15,6 +15,7 @@ RENDERED = Path(__file__).parent / "rendered"
 NAMES = ["demo", "production", "serve-gpu", "serve-quantized", "train-multi", "train-single"]
 PARTS = (
     "canary/copy",
+    "gpus/check",
     "jobset/copy",
     "settings-given",
     "settings-given/copy",
@@ -52,7 +53,7 @@ def test_an_overlay_only_selects(overlay):
 def test_each_component_is_in_an_overlay_or_in_an_example():
     in_overlays = set().union(*(components_of(overlay) for overlay in NAMES))
     in_examples = {name for _, components in USES.values() for name in components}
-    assert len(COMPONENTS) == 51
+    assert len(COMPONENTS) == 55
     assert in_overlays | in_examples | set(PARTS) == set(COMPONENTS)
 
 
@@ -178,6 +179,10 @@ SERVING = ["model-store", "serve"]
         (SERVING, ["usage", "vllm", "settings-model"], "list vllm before no-keys, ingress, gateway and usage"),
         (SERVING, ["embeddings", "ingress", "settings-model"], "list ingress before embeddings"),
         (SERVING, ["embeddings", "gateway", "settings-model"], "list gateway before embeddings"),
+        (SERVING, ["gpus/2", "vllm", "settings-model"], "list vllm before gpus/*"),
+        (SERVING, ["vllm", "gpu/memory", "gpus/2", "settings-model"], "list gpus/* before gpu/*"),
+        (SERVING, ["vllm", "gpus/2", "gpu/dra", "settings-model"], "omit gpus/* with gpu/dra"),
+        (SERVING, ["vllm", "gpus/2", "int4", "settings-model"], "omit gpus/* with int4 and gpu/t4"),
         (SERVING, ["vllm"], "list settings-model after the components that it configures"),
         (SERVING, ["vllm", "settings-model", "model-on-node"], "list settings-model after"),
         (["train"], ["settings-model"], "list settings-training after"),

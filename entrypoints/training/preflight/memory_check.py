@@ -39,7 +39,9 @@ def check_node(plan: MemoryPlan, env: Mapping[str, str]) -> None:
         "memory estimate: %s per process, of it %s for the longest batch; %s of host memory (table: --dry-run)",
         *map(format_size, (need.gpu, need.activations, need.host(gpu_bytes is not None))),
     )
-    warn_of_long_batches(plan, gpu_bytes)
+    decides_later = plan.world_size == plan.nproc_per_node and not is_worker(env)
+    if not (decides_later and needs_checkpointing(plan, gpu_bytes)):  # switched on if a row is that long
+        warn_of_long_batches(plan, gpu_bytes)
 
 
 def warn_of_long_batches(plan: MemoryPlan, gpu_bytes: float | None) -> None:
@@ -56,6 +58,18 @@ def warn_of_long_batches(plan: MemoryPlan, gpu_bytes: float | None) -> None:
         "a batch of rows of %d tokens needs %s of each GPU, %s are free; if memory runs out, use %s",
         plan.length, format_size(need.gpu), format_size(gpu_bytes), flags,
     )  # fmt: skip
+
+
+def needs_checkpointing(plan: MemoryPlan, gpu_bytes: float | None) -> bool:
+    """Whether the longest batch fits into each GPU with gradient checkpointing only.
+
+    gpu_bytes: free on each GPU; None: no GPU, whose memory would be the limit.
+    """
+    arguments = plan.arguments
+    if gpu_bytes is None or arguments.gradient_checkpointing or arguments.method == "ptuning":
+        return False
+    checkpointed = plan.with_arguments(replace(arguments, gradient_checkpointing=True))
+    return checkpointed.estimate().gpu <= gpu_bytes < plan.estimate().gpu
 
 
 def check_states_fit(plan: MemoryPlan, gpu_bytes: float | None, host_bytes: float) -> None:

@@ -15,16 +15,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from entrypoints.chat_format.prompt import Message, PromptFormat
 from entrypoints.chat_format.sampling import Sampling
 from entrypoints.checkpoint import native
-from entrypoints.checkpoint.conversion import convert_to_original
+from entrypoints.checkpoint.conversion import convert_to_native, convert_to_original
 from entrypoints.checkpoint.layout import FOLDER_QUANTIZATIONS, ModelConfig, tensor_mappings
 from entrypoints.checkpoint.manifest import read_manifest
 from entrypoints.checkpoint.native import open_native
+from entrypoints.demo.model import write_demo_model
 from entrypoints.engines.loading import ENGINE_PACKAGES, check_engine_options
 from entrypoints.engines.options import EngineOptions
 from entrypoints.engines.transformers.engine import TransformersEngine
 from entrypoints.errors import UserError
+from entrypoints.families import FAMILIES
 from entrypoints.hardware import placement
 from entrypoints.hardware.placement import quantized_weight_bytes
 from entrypoints.quantization import divergence, to_bitsandbytes
@@ -222,3 +225,29 @@ def test_on_a_gpu_it_gives_the_answers_of_a_model_quantized_there(type_, quantiz
     in_memory = TransformersEngine.load(toy_native, EngineOptions(device="cuda", load_in=FOLDER_QUANTIZATIONS[type_]))
     stored = TransformersEngine.load(quantized(type_), EngineOptions(device="cuda"))
     assert list(stored.generate(PROMPT, GREEDY)) == list(in_memory.generate(PROMPT, GREEDY))
+
+
+@pytest.fixture(scope="module", params=["chatglm2", "glm4"])
+def of_family(request, sample_rows, tmp_path_factory) -> Path:
+    """The untrained demo model of another family, converted."""
+    folder = tmp_path_factory.mktemp(request.param)
+    texts = [row[column] for row in sample_rows for column in ("content", "summary")]
+    write_demo_model(folder / "original", texts, family=FAMILIES[request.param])
+    convert_to_native(folder / "original", folder / "native", PromptFormat.of(FAMILIES[request.param]))
+    return folder / "native"
+
+
+@pytest.mark.parametrize("type_", FOLDER_QUANTIZATIONS)
+def test_a_folder_of_another_family_keeps_its_format_and_answers(type_, of_family, tmp_path):
+    _, found = quantize_folder(of_family, tmp_path / type_, type_)
+    assert 0 <= found.mean_kl <= divergence.MAX_MEAN_KL[type_]
+    before, engine = (
+        TransformersEngine.load(folder, EngineOptions(device="cpu", dtype="float32"))
+        for folder in (of_family, tmp_path / type_)
+    )
+    messages = [Message("user", "你好，今天穿什么？")]
+    prompts = [each.prompt_format.encode(messages, each.tokenizer) for each in (before, engine)]
+    assert prompts[0] == prompts[1]
+    answer = list(map(int, engine.generate(prompts[1], GREEDY)))
+    assert len(answer) == GREEDY.max_new_tokens
+    assert engine.tokenizer.stop_ids == before.tokenizer.stop_ids

@@ -16,13 +16,15 @@ from entrypoints.checkpoint.native import open_native
 from entrypoints.errors import UserError
 from entrypoints.hardware.placement import weight_bytes
 from entrypoints.settings import Settings
+from entrypoints.training import session
 from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.flags import add_arguments, parse_train_arguments
-from entrypoints.training.launch import worker_layout
+from entrypoints.training.launch import ProcessLayout, worker_layout
 from entrypoints.training.methods import trainable_model
 from entrypoints.training.methods.deepspeed_config import read_config
 from entrypoints.training.preflight import memory_check
 from entrypoints.training.preflight.memory_estimate import MemoryPlan, layer_activation_bytes
+from entrypoints.training.preparation import prepare
 from entrypoints.training.run_context import open_run
 
 CHATGLM3_6B = ModelConfig(28, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
@@ -209,6 +211,35 @@ def test_activations_are_recomputed_only_where_memory_asks_for_it(caplog):
     assert caplog.text.strip().endswith("use --gradient-checkpointing")
     memory_check.warn_of_long_batches(plan(length=1025, method="lora", gradient_checkpointing=True), 24e9)
     assert len(caplog.records) == 1
+
+
+def test_checkpointing_is_needed_only_where_the_longest_batch_fits_with_it_alone():
+    longest = plan(length=1025, method="lora")
+    needs = memory_check.needs_checkpointing
+    assert [needs(longest, free) for free in (12e9, 24e9, 80e9, None)] == [False, True, False, False]
+    assert not needs(replace(longest, length=64), 24e9)
+    assert not needs(plan(length=1025, method="lora", gradient_checkpointing=True), 24e9)
+    assert not needs(plan(length=1025, method="ptuning"), 24e9)
+
+
+def test_a_run_whose_longest_rows_fit_only_so_is_checkpointed_in_every_worker_of_the_node(
+    toy_native, sample_file, tmp_path, monkeypatch, caplog
+):
+    run = open_run(TrainArguments(toy_native, sample_file, tmp_path / "out", method="lora", device="cpu"), None)
+    longest = max(prepare(run, 2).dataset["length"])
+    chosen = replace(MemoryPlan.of_run(run, ProcessLayout(2)), length=longest)
+    checkpointed = chosen.with_arguments(replace(run.arguments, gradient_checkpointing=True))
+    free = (chosen.estimate().gpu + checkpointed.estimate().gpu) / 2
+    monkeypatch.setattr(memory_check, "min_free_gpu_memory", lambda count: free)
+    started = []
+    monkeypatch.setattr(session.launch, "start_workers", lambda layout, command: started.append(command))
+    monkeypatch.setattr(session, "_complete", lambda run, train: train())
+    with caplog.at_level("INFO", "entrypoints.training.session"):
+        session._train_on_node(run, ProcessLayout(2), ["--flags"])
+        session._train_on_node(run, ProcessLayout(2, nnodes=2), ["--flags"])
+    assert [command[1:-1] for command in started] == [["--gradient-checkpointing"], []]
+    lines = [record.message for record in caplog.records if record.name == "entrypoints.training.session"]
+    assert lines == [f"the longest batch, of rows of {longest} tokens, fits with gradient checkpointing, which is on"]
 
 
 def test_without_a_gpu_all_states_of_every_process_count_once_against_the_host():

@@ -154,6 +154,9 @@ def test_vllm_on_gpus_runs_many_answers_at_a_time_if_nothing_is_said(
     assert default_slots(toy_native, EngineOptions(engine="vllm")) == 256
     assert default_slots(toy_native, EngineOptions(engine="vllm", load_in="8bit")) == 256
     assert default_slots(toy_native, EngineOptions(engine="vllm", device="cpu")) == 4
+    machine(24, 24, 24)
+    assert default_slots(toy_native, EngineOptions(engine="vllm")) == 3 * 256
+    assert default_slots(toy_native, EngineOptions(engine="vllm", tensor_parallel_size=2)) == 256
     machine()
     assert default_slots(toy_native, EngineOptions(engine="vllm")) == 4
 
