@@ -93,6 +93,7 @@ def _print_plan(model: Path | None, gpu_memory: str) -> None:
     require_packages(*CHECKPOINT_PACKAGES)
     from entrypoints.doctor import capacity, model_fit
     from entrypoints.hardware.cards import parse_card
+    from entrypoints.hardware.placement import weight_bytes
     from entrypoints.hub.model_dimensions import has_weights, read_dimensions
 
     card, model_config = parse_card(gpu_memory), read_dimensions(model)
@@ -104,6 +105,9 @@ def _print_plan(model: Path | None, gpu_memory: str) -> None:
             f"no precision of the model fits on a GPU of {format_size(card.memory)} with one full context",
             "choose a larger GPU, or a GGUF file on CPUs: glm doctor --model without --gpu-memory lists their memory",
         )
+    if not has_weights(model):
+        weights = format_size(weight_bytes(model_config, 2))
+        _print_fact("disk", f"{weights} as downloaded, and {weights} converted")
     for option in options:
         _print_fact(f"  {option.engine}", str(option))
     _print_fact("  command", options[0].command(str(model) if has_weights(model) else "DIR"))

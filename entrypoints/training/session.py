@@ -43,7 +43,7 @@ def fine_tune(arguments: TrainArguments, command_line: Sequence[str]) -> Path | 
 
 
 def dry_run(arguments: TrainArguments, command_line: Sequence[str]) -> str:
-    """The memory estimate of the run with alternatives, and its torchrun command; nothing is written."""
+    """The memory estimate of the run with alternatives, its disk, and its torchrun command; nothing is written."""
     deepspeed = quick_checks.check_inputs(arguments)
     if launch.writes_output(os.environ):
         quick_checks.check_output_dir(arguments)
@@ -56,7 +56,7 @@ def dry_run(arguments: TrainArguments, command_line: Sequence[str]) -> str:
     table = memory_check.format_table(MemoryPlan.of_run(run, layout), gpu_bytes, available_memory())
     flags = [flag for flag in command_line if flag != "--dry-run"]
     command = " ".join(["torchrun", *layout.torchrun_args(), "-m", "entrypoints", "train", *flags])
-    return f"{table}\n{disk_check.describe(run)}\n{command}"
+    return f"{table}\n{disk_check.DiskPlan.of_run(run)}\n{command}"
 
 
 def join_as_worker(arguments: TrainArguments, started_by_glm: bool) -> Path | None:

@@ -7,16 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from entrypoints.checkpoint.layout import ModelConfig
 from entrypoints.checkpoint.tokenizer import TOKENIZER_FILE, VOCABULARY_FILE
 from entrypoints.errors import UserError
 from entrypoints.hardware.placement import weight_bytes
 from entrypoints.sizes import format_size
+from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.checkpoints.folders import Checkpoint, checkpoint_folders
 from entrypoints.training.checkpoints.output_dir import result_files
 from entrypoints.training.methods import trainable_model
-from entrypoints.training.methods.deepspeed_config import zero_stage
+from entrypoints.training.methods.deepspeed_config import Config, zero_stage
 
 if TYPE_CHECKING:
+    import torch
+
     from entrypoints.training.run_context import RunContext
 
 ADAM_BYTES = 8  # for each trainable parameter: two moments in float32
@@ -42,91 +46,118 @@ class DiskNeed:
         """The most that is on disk at once."""
         return max(self.count * self.checkpoint, min(self.saved, self.kept) * self.checkpoint + self.result)
 
-
-def estimate(run: "RunContext", steps: int) -> DiskNeed:
-    """What a run of so many optimizer steps writes."""
-    arguments = run.arguments
-    saved = math.ceil(steps / arguments.save_steps)
-    kept = saved if arguments.save_total_limit is None else arguments.save_total_limit
-    if arguments.validation_file:
-        kept = max(kept, 2)  # the best one and the newest
-    return DiskNeed(_checkpoint_bytes(run), _result_bytes(run), saved, kept)
+    def __str__(self) -> str:
+        return (
+            f"{self.count} x {format_size(self.checkpoint)} for checkpoints with the state of the optimizer, "
+            f"{format_size(self.result)} for the result"
+        )
 
 
-def describe(run: "RunContext") -> str:
-    """The size of each checkpoint and of the result."""
-    need = estimate(run, steps=1)
-    return f"disk: {_bytes(need.checkpoint)} for each checkpoint, {_bytes(need.result)} for the result"
+@dataclass(frozen=True)
+class DiskPlan:
+    """What decides how much a run writes: its options, the model, and bytes of the base model's files."""
+
+    arguments: TrainArguments
+    model_config: ModelConfig
+    compute_dtype: "torch.dtype"
+    deepspeed: Config | None
+    base_bytes: int  # of the weights, in whose dtype a complete model is saved
+    tokenizer_bytes: int = 0
+
+    @classmethod
+    def of_run(cls, run: "RunContext") -> "DiskPlan":
+        """The plan of a run whose base model is here."""
+        base = run.base
+        tokenizer = sum(_size(base.folder / name) for name in (TOKENIZER_FILE, VOCABULARY_FILE))
+        dtype = run.precision.compute_dtype
+        return cls(run.arguments, base.model_config, dtype, run.deepspeed, base.files.nbytes, tokenizer)
+
+    def estimate(self, steps: int) -> DiskNeed:
+        """What so many optimizer steps write."""
+        arguments = self.arguments
+        saved = math.ceil(steps / arguments.save_steps)
+        return DiskNeed(self._checkpoint_bytes(), self._result_bytes(), saved, self._kept() or saved)
+
+    def __str__(self) -> str:
+        """Sizes, and how many checkpoints there are: the number of steps is known with --max-steps only."""
+        arguments, need = self.arguments, self.estimate(self.arguments.max_steps or 1)
+        if arguments.max_steps:
+            return f"disk: up to {format_size(need.peak)} ({need})"
+        kept = self._kept()
+        count = f"up to {kept + 1} at once" if kept else "all are kept without --save-total-limit"
+        return (
+            f"disk: {format_size(need.checkpoint)} for each checkpoint with the state of the optimizer, one every "
+            f"{arguments.save_steps} steps, {count}; {format_size(need.result)} for the result"
+        )
+
+    def _kept(self) -> int | None:
+        """Checkpoints that stay at most; None: all."""
+        limit = self.arguments.save_total_limit
+        best = 2 if self.arguments.validation_file else 1  # the best one and the newest
+        return None if limit is None else max(limit, best)
+
+    def _checkpoint_bytes(self) -> int:
+        arguments, width, total = self.arguments, self.compute_dtype.itemsize, weight_bytes(self.model_config, 1)
+        trainable = trainable_model.count_trainable(arguments, self.model_config, total)
+        if arguments.saves_adapter:
+            weights = 4 * trainable + self._prefix_bytes()
+        elif self.deepspeed:
+            weights = self._result_bytes()
+        else:
+            weights = (4 if arguments.method == "full" else width) * (total - trainable) + 4 * trainable
+        states = ADAM_BYTES * trainable
+        if self.deepspeed:  # a float32 copy, and the parameters of the modules once more
+            in_modules = trainable if arguments.method in ("lora", "qlora") else total
+            states += 4 * trainable + (width * in_modules if zero_stage(self.deepspeed) < 3 else 0)
+            states += width * (total - trainable) if zero_stage(self.deepspeed) == 3 else 0  # frozen ones
+        return weights + states + self._small_bytes()
+
+    def _result_bytes(self) -> int:
+        if not self.arguments.saves_adapter:
+            return self.base_bytes + self._small_bytes()
+        trainable = trainable_model.count_trainable(
+            self.arguments, self.model_config, weight_bytes(self.model_config, 1)
+        )
+        return 4 * trainable + self._prefix_bytes() + self._small_bytes()
+
+    def _prefix_bytes(self) -> int:
+        """The computed keys and values beside the trained encoder."""
+        return 4 * self.arguments.prefix_length * self.model_config.num_layers * sum(self.model_config.qkv_rows[1:])
+
+    def _small_bytes(self) -> int:
+        return SMALL_FILES + (0 if self.arguments.saves_adapter else self.tokenizer_bytes)
 
 
 def check_disk(run: "RunContext", steps: int, resumed: Checkpoint | None = None) -> str:
     """A description of what the run will write. Raises UserError: the disk of the output folder cannot hold it."""
-    folder, need = run.arguments.output_dir, estimate(run, steps)
+    plan = DiskPlan.of_run(run)
+    folder, need = run.arguments.output_dir, plan.estimate(steps)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free + sum(map(_size, _replaced(folder, resumed)))
-    text = (
-        f"{need.count} x {_bytes(need.checkpoint)} for checkpoints with the state of the optimizer, "
-        f"{_bytes(need.result)} for the result"
-    )
     if need.peak > free:
         raise UserError(
-            f"the run writes up to {_bytes(need.peak)} to {folder} ({text}), its disk has {_bytes(free)} free",
-            _remedy(run, steps, free),
+            f"the run writes up to {format_size(need.peak)} to {folder} ({need}), its disk has {format_size(free)} "
+            "free",
+            _remedy(plan, steps, free),
         )
-    return f"up to {_bytes(need.peak)} ({text}), {_bytes(free)} are free"
+    return f"up to {format_size(need.peak)} ({need}), {format_size(free)} are free"
 
 
-def _remedy(run: "RunContext", steps: int, free: int) -> str:
+def _remedy(plan: DiskPlan, steps: int, free: int) -> str:
     """The smallest change that fits."""
-    need = estimate(run, steps)
+
+    def fits(**changes: int) -> bool:
+        return replace(plan, arguments=replace(plan.arguments, **changes)).estimate(steps).peak <= free
+
+    need = plan.estimate(steps)
     for limit in range(need.kept - 1, 0, -1):
-        if estimate(replace(run, arguments=replace(run.arguments, save_total_limit=limit)), steps).peak <= free:
+        if fits(save_total_limit=limit):
             return f"--save-total-limit {limit} would fit"
-    fewer = replace(run.arguments, save_steps=steps)
-    if estimate(replace(run, arguments=fewer), steps).peak <= free:
+    if fits(save_steps=steps):
         return f"--save-steps {steps} would fit: one checkpoint, at the end"
-    remedy = (
-        f"free {_bytes(need.checkpoint + need.result - free)} for one checkpoint and the result, or use another disk"
-    )
-    return remedy if run.arguments.saves_adapter else f"{remedy}; the checkpoints of --method lora are small"
-
-
-def _checkpoint_bytes(run: "RunContext") -> int:
-    arguments, model_config = run.arguments, run.base.model_config
-    width, total = run.precision.compute_dtype.itemsize, weight_bytes(model_config, 1)
-    trainable = trainable_model.count_trainable(arguments, model_config, total)
-    if arguments.saves_adapter:
-        weights = 4 * trainable + _prefix_bytes(run)
-    elif run.deepspeed:
-        weights = _result_bytes(run)
-    else:
-        weights = (4 if arguments.method == "full" else width) * (total - trainable) + 4 * trainable
-    states = ADAM_BYTES * trainable
-    if run.deepspeed:  # a float32 copy, and the parameters of the modules once more
-        in_modules = trainable if arguments.method in ("lora", "qlora") else total
-        states += 4 * trainable + (width * in_modules if zero_stage(run.deepspeed) < 3 else 0)
-        states += width * (total - trainable) if zero_stage(run.deepspeed) == 3 else 0  # frozen ones
-    return weights + states + _small_bytes(run)
-
-
-def _result_bytes(run: "RunContext") -> int:
-    arguments, model_config = run.arguments, run.base.model_config
-    total = weight_bytes(model_config, 1)
-    if arguments.saves_adapter:
-        trainable = trainable_model.count_trainable(arguments, model_config, total)
-        return 4 * trainable + _prefix_bytes(run) + _small_bytes(run)
-    return run.base.files.nbytes + _small_bytes(run)
-
-
-def _prefix_bytes(run: "RunContext") -> int:
-    """The computed keys and values beside the trained encoder."""
-    model_config = run.base.model_config
-    return 4 * run.arguments.prefix_length * model_config.num_layers * sum(model_config.qkv_rows[1:])
-
-
-def _small_bytes(run: "RunContext") -> int:
-    files = () if run.arguments.saves_adapter else (TOKENIZER_FILE, VOCABULARY_FILE)
-    return SMALL_FILES + sum(_size(run.base.folder / name) for name in files)
+    missing = format_size(need.checkpoint + need.result - free)
+    remedy = f"free {missing} for one checkpoint and the result, or use another disk"
+    return remedy if plan.arguments.saves_adapter else f"{remedy}; the checkpoints of --method lora are small"
 
 
 def _replaced(folder: Path, resumed: Checkpoint | None) -> Iterator[Path]:
@@ -142,7 +173,3 @@ def _replaced(folder: Path, resumed: Checkpoint | None) -> Iterator[Path]:
 def _size(path: Path) -> int:
     files: Iterable[Path] = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _bytes(size: int) -> str:
-    return format_size(size)

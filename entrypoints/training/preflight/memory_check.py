@@ -132,7 +132,7 @@ def _format_flags(changes: Mapping[str, Any]) -> str:
 
 
 def format_table(plan: MemoryPlan, gpu_bytes: float | None, host_bytes: float) -> str:
-    """The run and its alternatives in GB, and whether each fits.
+    """The memory of the run and of its alternatives for each process, and whether they fit.
 
     gpu_bytes: free on each GPU, None: no GPU. host_bytes: free on the host, infinite: not known.
     """
@@ -140,18 +140,16 @@ def format_table(plan: MemoryPlan, gpu_bytes: float | None, host_bytes: float) -
     lines = [head]
     for flags, candidate in [(CURRENT, plan), *list_alternatives(plan, gpu_bytes)]:
         need = candidate.estimate()
-        cells = [f"{part / 1e9:.1f}" for part in (need.weights, need.gradients, need.optimizer, need.activations)]
-        cells += [
-            "-" if gpu_bytes is None else f"{need.gpu / 1e9:.1f}",
-            f"{need.host(gpu_bytes is not None) / 1e9:.1f}",
-        ]
+        parts = (need.weights, need.gradients, need.optimizer, need.activations)
+        cells = [format_size(part) if part else "0" for part in parts]
+        cells += ["-" if gpu_bytes is None else format_size(need.gpu), format_size(need.host(gpu_bytes is not None))]
         lines.append((flags, *cells, "yes" if need.fits(gpu_bytes, host_bytes) else "no"))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     rows = ("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
     gpu = "no GPU: host memory only" if gpu_bytes is None else f"{format_size(gpu_bytes)} free on each GPU"
     host = "host memory is not checked" if host_bytes == math.inf else f"{format_size(host_bytes)} free on the host"
     processes = f"each of {plan.world_size} processes" if plan.world_size > 1 else "one process"
-    title = f"GB for {processes}; {gpu}, {host}"
+    title = f"{processes}; {gpu}, {host}"
     return "\n".join([title, *rows])
 
 

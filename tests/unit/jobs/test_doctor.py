@@ -145,6 +145,7 @@ def test_serving_is_planned_for_a_gpu_that_this_machine_lacks_and_without_the_we
     assert done.code == 0
     assert facts["model"] == "THUDM/chatglm3-6b, 28 layers, context length 8192"
     assert facts["gpu"] == "RTX 4090, 24.0 GB"
+    assert facts["disk"] == "12.5 GB as downloaded, and 12.5 GB converted"
     assert facts["command"] == "glm serve --model DIR --engine vllm --slots 64"
     assert facts["users"] == "245 at 20 tokens/s each"  # as in the table of k8s/README.md
     assert facts["assumes"].startswith("prompts of 800 tokens, answers of 250, a pause of 60 s, --slots 64, 70% load")

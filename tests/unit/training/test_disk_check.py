@@ -39,6 +39,10 @@ def context(toy_native, sample_file, tmp_path):
     return create
 
 
+def estimate(run, steps):
+    return disk_check.DiskPlan.of_run(run).estimate(steps)
+
+
 def six_b(run):
     """The same run with the 6B in 16 bits."""
     files = SimpleNamespace(nbytes=2 * 6_243_584_000)
@@ -58,7 +62,7 @@ def free_disk(monkeypatch):
 def test_checkpoints_and_result_are_as_large_as_estimated(name, tune, context, tmp_path):
     fields = {"method": name, **METHODS[name]}
     output = tune(tmp_path / "out", max_steps=2, save_steps=1, **fields)
-    need = disk_check.estimate(context(save_steps=1, **fields), steps=2)
+    need = estimate(context(save_steps=1, **fields), steps=2)
     assert need.saved == len(list(output.glob("checkpoint-*"))) == 2
     written = size_of(output / "checkpoint-1")
     assert need.checkpoint - 2 * disk_check.SMALL_FILES < written <= need.checkpoint
@@ -80,13 +84,13 @@ def test_checkpoints_and_result_are_as_large_as_estimated(name, tune, context, t
 )
 def test_a_new_checkpoint_is_written_before_the_oldest_is_removed(fields, steps, count, context):
     """With a validation file the best one is kept beside the newest."""
-    assert disk_check.estimate(context(**fields), steps).count == count
+    assert estimate(context(**fields), steps).count == count
 
 
 def test_a_full_run_of_the_6b_needs_room_for_its_optimizer(context, free_disk):
     """12.5 GB hold the result alone."""
     run = six_b(context(save_steps=500, save_total_limit=1))
-    assert disk_check.estimate(run, 400).checkpoint == pytest.approx(12 * 6.2436e9, rel=1e-3)
+    assert estimate(run, 400).checkpoint == pytest.approx(12 * 6.2436e9, rel=1e-3)
     free_disk(12_600_000_000)
     with pytest.raises(
         UserError, match=r"writes up to 87\.4 GB .*1 x 74\.9 GB for checkpoints .*12\.5 GB for the result.*12\.6 GB fr"
@@ -98,7 +102,7 @@ def test_a_full_run_of_the_6b_needs_room_for_its_optimizer(context, free_disk):
 def test_the_remedy_of_the_message_fits(checkpoints, context, free_disk):
     """--save-total-limit as high as possible, or one checkpoint at the end."""
     run = six_b(context(save_steps=100, save_total_limit=6))
-    need = disk_check.estimate(run, 1000)
+    need = estimate(run, 1000)
     free_disk(checkpoints * need.checkpoint + need.result)
     with pytest.raises(UserError) as caught:
         disk_check.check_disk(run, 1000)
@@ -139,7 +143,7 @@ def test_the_disk_is_checked_before_the_model_is_loaded(
 def test_what_a_new_run_replaces_counts_as_free(tune, context, free_disk, tmp_path):
     output = tune(tmp_path / "out", max_steps=2, save_steps=1)
     run = context(save_steps=1)
-    need = disk_check.estimate(run, 2)
+    need = estimate(run, 2)
     free_disk(need.peak - size_of(output / "checkpoint-1") - size_of(output / "checkpoint-2") - 1_000_000)
     disk_check.check_disk(run, 2)
     free_disk(0)

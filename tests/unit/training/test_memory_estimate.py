@@ -317,7 +317,7 @@ def test_of_several_workers_only_the_first_checks_the_memory_of_its_node(toy_nat
 
 def test_the_table_starts_with_the_given_run_and_shows_for_each_row_whether_it_fits():
     lines = memory_check.format_table(plan(8, deepspeed="zero2"), 24e9, 512e9).splitlines()
-    assert "GB for each of 8 processes; 24.0 GB free on each GPU, 512.0 GB free on the host" in lines[0]
+    assert "each of 8 processes; 24.0 GB free on each GPU, 512.0 GB free on the host" in lines[0]
     assert lines[1].split() == ["weights", "gradients", "optimizer", "activations", "GPU", "host", "fits"]
     assert lines[2].strip().startswith("as given")
     assert lines[2].endswith("no")
@@ -325,7 +325,7 @@ def test_the_table_starts_with_the_given_run_and_shows_for_each_row_whether_it_f
     assert len(lines) >= 8
     alone = memory_check.format_table(plan(), None, 64e9).splitlines()
     assert "no GPU: host memory only" in alone[0]
-    assert alone[2].split()[-3] == "-"
+    assert re.split(" {2,}", alone[2])[-3] == "-"
 
 
 def test_dry_run_prints_the_table_and_the_torchrun_command_and_writes_nothing(
