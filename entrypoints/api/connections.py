@@ -32,7 +32,8 @@ class LimitedProtocol(HttpToolsProtocol):
     """Uvicorn's HTTP protocol, with these limits. A connection that exceeds one is closed.
 
     An offer to upgrade to another protocol (h2c: Java's HttpClient, `curl --http2`) is ignored, as HTTP allows. The
-    parser ends at such a request before its body, so the request is parsed again without the offer.
+    parser ends at such a request before its body, so the request is parsed again without the offer. WebSockets are for
+    servers whose configuration has them (the pages).
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -105,7 +106,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The request has arrived up to its body."""
-        if self.parser.should_upgrade():
+        if self.parser.should_upgrade() and not self._should_upgrade():
             return  # `_parse` continues
         self._stop_timeout()
         super().on_headers_complete()
@@ -126,12 +127,27 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.timeout_keep_alive_task is not None:
             _idle[self] = None
 
+    def handle_websocket_upgrade(self) -> None:
+        """Hand over to the protocol of WebSockets; the connection counts until it is closed."""
+        super().handle_websocket_upgrade()
+        websocket = self.transport.get_protocol()
+        lost = websocket.connection_lost
+
+        def connection_lost(exc: Exception | None) -> None:
+            self.stop_counting()
+            lost(exc)
+
+        websocket.connection_lost = connection_lost  # type: ignore[method-assign]
+
     def _parse(self, data: bytes) -> None:
         """As uvicorn's `data_received`, which drops a body that follows an offer to upgrade."""
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
+            if self._should_upgrade():
+                self.handle_websocket_upgrade()
+                return
             method, version = self.parser.get_method(), self.parser.get_http_version().encode()
             if method == b"CONNECT":
                 self.send_400_response("CONNECT is not supported.")

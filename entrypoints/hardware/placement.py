@@ -119,9 +119,9 @@ def required_gpu_count(needed: int, free: Sequence[int]) -> int:
     for count in range(1, len(free) + 1):
         if min(free[:count]) * count >= needed:
             return count
-    sizes = ", ".join(f"{size / 1e9:.1f}" for size in free)
+    sizes = ", ".join(map(format_size, free))
     raise UserError(
-        f"the model needs {format_size(needed)}, the GPUs have {sizes} GB free",
+        f"the model needs {format_size(needed)}, the GPUs have {sizes} free",
         "free GPU memory, use more GPUs or a quantized model",
     )
 
@@ -145,7 +145,7 @@ def list_devices() -> list[tuple[str, str]]:
     bf16 = "yes" if cpu_has_native_bf16() else "no"
     found = [("cpu", f"bfloat16 in hardware: {bf16}")]
     for number, gpu in enumerate(list_gpus()):
-        found.append((f"gpu {number}", f"{gpu.name}, {gpu.free / 1e9:.1f} of {format_size(gpu.total)} free"))
+        found.append((f"gpu {number}", f"{gpu.name}, {format_size(gpu.free)} of {format_size(gpu.total)} free"))
     if torch.backends.mps.is_available():
         found.append(("gpu", "mps"))
     elif not torch.cuda.is_available():

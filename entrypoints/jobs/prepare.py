@@ -22,6 +22,7 @@ from entrypoints.families import DEFAULT_FAMILY, family_named
 from entrypoints.flags import add_family_flag
 from entrypoints.hub.download import SOURCES
 from entrypoints.settings import Settings
+from entrypoints.sizes import format_size
 
 logger = logging.getLogger(__name__)
 DEMO = "demo"  # as in hub/model_store.py, whose import needs torch
@@ -70,7 +71,7 @@ def _quantize(folder: Path, target: Path, type_: str, on_validated: Callable[[Pa
     from entrypoints.quantization.to_gguf import QuantizeOptions, quantize
 
     size, divergence = quantize(QuantizeOptions(folder, target, type_), on_validated)
-    logger.info("%s: %.0f MB, %s", target, size / 1e6, divergence)
+    logger.info("%s: %s, %s", target, format_size(size), divergence)
 
 
 def _merge(adapter: Path, base: Path, target: Path) -> None:

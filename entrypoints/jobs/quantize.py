@@ -19,6 +19,7 @@ from entrypoints.dataset.reader import Example, examples, read_rows
 from entrypoints.engines.packages import BITSANDBYTES_PACKAGES, QUANTIZATION_PACKAGES, require_packages
 from entrypoints.errors import UserError
 from entrypoints.settings import Settings
+from entrypoints.sizes import format_size
 
 if TYPE_CHECKING:
     from entrypoints.quantization.divergence import DivergenceResult
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     quantize = _quantize_to_folder if args.type in FOLDER_QUANTIZATIONS else _quantize_to_file
     size, result = quantize(args)
     print(args.target)
-    print(f"{size / 1e6:,.0f} MB, {result}", file=sys.stderr)
+    print(f"{format_size(size)}, {result}", file=sys.stderr)
 
 
 def _quantize_to_file(args: argparse.Namespace) -> "tuple[int, DivergenceResult]":

@@ -1,4 +1,4 @@
-"""Who may use a page: names in the Host header, password, blocked routes; and the security headers of its responses."""
+"""Who may use a page: names in the Host header, password, routes, sizes; and the security headers of its responses."""
 
 from collections.abc import Iterable
 from urllib.parse import urlsplit
@@ -8,6 +8,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from entrypoints.api.allowed_hosts import AllowedHosts
+from entrypoints.web.body_limit import LimitedBody
 from entrypoints.web.i18n import negotiate_language, translate
 from entrypoints.web.sign_in import SignIn, TooManyGuesses
 from entrypoints.web.user_sign_in import UserSignIn, with_user
@@ -59,7 +60,13 @@ class AccessMiddleware:
         else:
             if isinstance(self.sign_in, UserSignIn):
                 receive = self.sign_in.while_signed_in(scope, headers, receive)
-            await self.app(with_user(scope, user), receive, _with_headers(send, cookie))
+            await self._pass_on(with_user(scope, user), receive, _with_headers(send, cookie))
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self.app(scope, receive, send)
+        else:
+            await LimitedBody(receive, send).pass_to(self.app, scope)
 
     def _own_response(self, scope: Scope, headers: Headers) -> Response | None:
         """The health check or a rejection that needs no password; None if the application answers."""

@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
+from entrypoints.api.connections import BACKLOG, LimitedProtocol
 from entrypoints.errors import UserError
 from entrypoints.flags import KEEP_ALIVE_SECONDS
 from entrypoints.web.access import AccessMiddleware
@@ -19,6 +20,7 @@ from entrypoints.web.users import UserFile
 
 logger = logging.getLogger(__name__)
 SHUTDOWN_TIMEOUT_SECONDS = 3
+MAX_UPLOAD_MEGABYTES = 8  # of a file: an exported conversation; documents have a limit of their own
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def serve(app: ASGIApp, options: PageOptions) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        http=LimitedProtocol,
+        backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_SECONDS,
     )
@@ -78,4 +82,5 @@ def streamlit_app(page: str, environment: dict[str, str], root_path: str) -> ASG
 
     app: ASGIApp = streamlit.App(Path(__file__).with_name(f"{page}.py"))
     streamlit.config.set_option("server.baseUrlPath", root_path.strip("/"))
+    streamlit.config.set_option("server.maxUploadSize", MAX_UPLOAD_MEGABYTES)
     return app

@@ -50,11 +50,6 @@ def test_no_file_of_the_machine_can_be_read(path, ui, chat_pages):
     assert status in (400, 403, 404) or "<title>" in body  # Streamlit serves its page for unknown paths
 
 
-def test_nothing_can_be_uploaded_to_the_gradio_page(chat_pages):
-    status, _, _ = get(f"{chat_pages('gradio').host}/gradio_api/upload", b"x" * 100)
-    assert status == 404
-
-
 def test_the_gradio_page_offers_no_api_and_no_share_link(chat_pages):
     _, info, _ = get(f"{chat_pages('gradio').host}/gradio_api/info")
     assert json.loads(info)["named_endpoints"] == {}

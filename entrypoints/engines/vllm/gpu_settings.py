@@ -17,6 +17,7 @@ from entrypoints.hardware.placement import (
     required_gpu_count,
     weight_bytes,
 )
+from entrypoints.sizes import format_size
 
 # Read by vLLM's processes when they start. Values set by the user take precedence.
 GPU_ENVIRONMENT = {
@@ -114,8 +115,8 @@ def _check_free_memory(gpus: list[Gpu], fraction: float) -> None:
     for number, gpu in enumerate(gpus):
         if gpu.free < gpu.total * fraction:
             raise UserError(
-                f"vLLM would reserve {fraction:.0%} of the {gpu.total / 1e9:.1f} GB of GPU {number} ({gpu.name}), "
-                f"{gpu.free / 1e9:.1f} GB are free",
+                f"vLLM would reserve {fraction:.0%} of the {format_size(gpu.total)} of GPU {number} ({gpu.name}), "
+                f"{format_size(gpu.free)} are free",
                 f"end the processes that use it (nvidia-smi), or --gpu-memory-utilization "
                 f"{max(0.0, gpu.free / gpu.total - 0.01):.2f}",
             )

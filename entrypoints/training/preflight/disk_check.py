@@ -146,14 +146,14 @@ def check_disk(run: "RunContext", steps: int, resumed: Checkpoint | None = None)
 def _remedy(plan: DiskPlan, steps: int, free: int) -> str:
     """The smallest change that fits."""
 
-    def fits(**changes: int) -> bool:
-        return replace(plan, arguments=replace(plan.arguments, **changes)).estimate(steps).peak <= free
+    def fits(arguments: TrainArguments) -> bool:
+        return replace(plan, arguments=arguments).estimate(steps).peak <= free
 
     need = plan.estimate(steps)
     for limit in range(need.kept - 1, 0, -1):
-        if fits(save_total_limit=limit):
+        if fits(replace(plan.arguments, save_total_limit=limit)):
             return f"--save-total-limit {limit} would fit"
-    if fits(save_steps=steps):
+    if fits(replace(plan.arguments, save_steps=steps)):
         return f"--save-steps {steps} would fit: one checkpoint, at the end"
     missing = format_size(need.checkpoint + need.result - free)
     remedy = f"free {missing} for one checkpoint and the result, or use another disk"

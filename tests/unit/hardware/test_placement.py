@@ -120,7 +120,7 @@ def test_the_smallest_number_of_gpus_that_holds_the_model_is_used(needed, free, 
 
 
 def test_gpus_that_are_too_small_together_are_rejected_with_all_sizes():
-    with pytest.raises(UserError, match=r"needs 13\.7 GB, the GPUs have 6\.0, 5\.0 GB free"):
+    with pytest.raises(UserError, match=r"needs 13\.7 GB, the GPUs have 6\.0 GB, 5\.0 GB free"):
         required_gpu_count(13_700_000_000, [6 * GB, 5 * GB])
 
 

@@ -23,7 +23,7 @@ def test_it_prints_the_folder_and_the_file_and_both_can_be_loaded(glm, shortened
     store = tmp_path / "store"
     done = glm("prepare", "demo", store, "--quantize", "q4_0")
     assert (done.code, done.out) == (0, f"{store}/demo\n{store}/demo-q4_0.gguf\n"), done.err
-    assert re.search(r"demo-q4_0\.gguf: \d MB, mean KL 0\.\d+, \d+ of \d+ greedy tokens match the source", done.err)
+    assert re.search(r"demo-q4_0\.gguf: \d\.\d MB, mean KL 0\.\d+, \d+ of \d+ greedy tokens match the source", done.err)
     assert open_native(store / "demo", verify=True)
     for model in (store / "demo", store / "demo-q4_0.gguf"):
         reply = glm("chat", "--model", model, "--prompt", "你好", "--max-new-tokens", 4, "--json")

@@ -39,7 +39,7 @@ def test_each_type_is_written_and_generates(type_, toy_native, tmp_path, capsys)
     assert main(["quantize", str(toy_native), str(file), "--type", type_]) == 0
     out, err = capsys.readouterr()
     assert out == f"{file}\n"
-    summary = rf"{file.stat().st_size / 1e6:,.0f} MB, mean KL 0\.\d+, \d+ of \d+ greedy tokens match the source"
+    summary = rf"{file.stat().st_size / 1e6:.1f} MB, mean KL 0\.\d+, \d+ of \d+ greedy tokens match the source"
     assert re.fullmatch(summary, err.splitlines()[-1])
     assert open_gguf(file).type == type_
     assert main(["verify", str(file)]) == 0
