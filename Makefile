@@ -143,8 +143,8 @@ endif
 export: $(READY) ## Export a training checkpoint to a model folder: make export CKPT=output/tuned/checkpoint-500 [MODEL=base] [ARGS="--to original"]
 	$(GLM) export $(CKPT) $(abspath $(CKPT))-export $(if $(MODEL),--base $(MODEL)) $(ARGS)
 
-llamacpp: $(READY) ## Compile llama.cpp for the CPU of this machine into .venv (6 minutes; needs g++ and python3-dev)
-	images/scripts/llamacpp install $(LOCKS)/dev.lock $(VENV)/bin/python native
+llamacpp: $(READY) ## Compile the code of llama.cpp for newer CPUs into .venv (needs g++)
+	images/scripts/llamacpp $(LOCKS)/dev.lock $(VENV)/lib/python3.11/site-packages/glm_llamacpp_cpu
 
 doctor: ## Check this machine, and whether containers can use its GPUs
 	compose/gpu-ready || true

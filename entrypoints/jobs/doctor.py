@@ -192,17 +192,17 @@ def _one_slot(model_config: "ModelConfig") -> str:
 
 
 def _llama_cpp() -> str:
-    from entrypoints.engines.llamacpp.cpu_features import load_cpu_code, loaded_variant, unused_cpu_features
+    from entrypoints.engines.llamacpp.cpu_features import load_cpu_code, unused_cpu_features
     from entrypoints.engines.loading import require_engine_packages
     from entrypoints.engines.packages import QUANTIZATION_PACKAGES
 
     try:
         require_engine_packages("llamacpp")
-        load_cpu_code()  # before the library computes anything
+        name = load_cpu_code()  # before the library computes anything
     except UserError as error:
         return f"cannot run: {error}"
     unused = ", ".join(unused_cpu_features())
-    variant = f"; variant {name}" if (name := loaded_variant()) else ""
+    variant = f"; CPU code: {name}" if name else ""
     remedy = f"; faster with {unused}: make llamacpp" if unused else ""
     try:
         require_packages(*QUANTIZATION_PACKAGES)

@@ -13,7 +13,7 @@ quantized with `glm quantize` in a process of its own, and served. Everything is
     transformers 8 and 4 layers of the same size in float32 and bfloat16, from which 28 are extrapolated; each also
                  with a static cache, and with that and torch.compile (which needs g++)
 
-The published build of llama.cpp uses AVX2 and nothing newer; `make llamacpp` compiles it for this CPU.
+The published build of llama.cpp uses AVX2 and nothing newer; `make llamacpp` adds the code for newer CPUs.
 
     python tests/bench/lowcost_bench.py                 needs 17 GB of disk, 12 GB of memory, 20 minutes
     python tests/bench/lowcost_bench.py --layers 4 --type q4_k_m
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import serve_bench
 from serving_process import GLM, serving
 
-from entrypoints.engines.llamacpp.cpu_features import unused_cpu_features
+from entrypoints.engines.llamacpp.cpu_features import load_cpu_code, unused_cpu_features
 
 SHARD_LAYERS = 4
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).resolve().parents[3] / "shared" / "golden"))
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--skip-transformers", action="store_true", help="measure llama.cpp alone")
     parser.add_argument("--work-dir", type=Path, help="folder on a disk with free space (default: the temporary one)")
     args = parser.parse_args(argv)
-    print(f"llama.cpp: CPU features that its build does not use: {', '.join(unused_cpu_features()) or 'nothing'}")
+    print(f"llama.cpp: CPU code {load_cpu_code()}, not used: {', '.join(unused_cpu_features()) or 'nothing'}")
     with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="lowcost-bench-") as name:
         folder = Path(name)
         start = time.monotonic()

@@ -32,6 +32,7 @@ def test_a_build_without_network_needs_only_the_wheelhouse(build, engine, tmp_pa
     assert filled.returncode == 0, filled.stderr
     assert list((tmp_path / "wheels").glob("xllamacpp-*.whl"))
     assert list((tmp_path / "wheels/debs/infer-quantized").glob("tini_*.deb"))
+    assert list((tmp_path / "wheels/glm_llamacpp_cpu").glob("libggml-cpu-*.so"))  # no compiler is needed
     built = build("infer-quantized", OFFLINE="1", WHEELHOUSE=str(tmp_path / "wheels"))
     assert built.returncode == 0, built.stderr
     image = f"offline-test/glm-infer-quantized:{VERSION}"

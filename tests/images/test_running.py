@@ -6,9 +6,9 @@ import subprocess
 import time
 
 import pytest
-from containers import CONFINED, IMAGES, PROBE, check_restrictions, image_of, wait_until
+from containers import CONFINED, IMAGES, PROBE, check_restrictions, wait_until
 
-from entrypoints.engines.llamacpp.cpu_features import OPTIONAL_CPU_FLAGS
+from entrypoints.engines.llamacpp.cpu_features import VARIANTS
 from entrypoints.hardware.resources import cpu_flags
 
 SERVERS = [
@@ -35,6 +35,28 @@ for folder in ("/", "/app", "/venv", "/models", "/outputs"):
     except OSError as error:
         print(folder, error.errno)
 print(getpass.getuser(), os.getuid())
+"""
+COMPARE = """
+import json, pathlib, subprocess, sys
+from entrypoints.engines.llamacpp import cpu_features
+from entrypoints.engines.llamacpp.engine import LlamaCppEngine
+from entrypoints.engines.options import EngineOptions
+
+def computed(name):
+    cpu_features.VARIANTS = {name: cpu_features.VARIANTS[name]} if name in cpu_features.VARIANTS else {}
+    assert (cpu_features.load_cpu_code() or "published") == name
+    engine = LlamaCppEngine.load(pathlib.Path("/models/tiny-q4_0.gguf"), EngineOptions(threads=2))
+    first = engine.generate_greedy(list(range(100, 164)), 1, 100)[0]
+    engine.close()
+    return [logprob for _, logprob in first.top]
+
+if len(sys.argv) > 1:
+    print(json.dumps(computed(sys.argv[1])))
+else:
+    program, flags = sys.orig_argv[2], cpu_features.cpu_flags()
+    names = ["published", *(name for name, needed in cpu_features.VARIANTS.items() if needed <= flags)]
+    run = lambda name: subprocess.check_output([sys.executable, "-c", program, name])
+    print(json.dumps({name: json.loads(run(name)) for name in names}))
 """
 READ_ONLY = 30  # errno EROFS
 
@@ -89,14 +111,30 @@ def test_the_doctor_runs_inside(name, finish):
 
 
 @pytest.mark.parametrize("name", ["infer-cpu", "infer-quantized"])
-def test_the_label_identifies_the_build_of_llama_cpp(name, engine, finish):
-    """A build for this machine uses all instruction sets of its CPU."""
-    build = image_of(engine, name).labels["glm.llamacpp-cpu"]
+def test_the_doctor_names_the_cpu_code_that_fits_this_cpu(name, finish):
+    flags = cpu_flags()
+    kinds = {
+        "amx_int8": "sapphirerapids",
+        "avx512_vnni": "cascadelake",
+        "avx512vl": "skylakex",
+        "avx_vnni": "alderlake",
+    }
+    expected = next((kind for flag, kind in kinds.items() if flag in flags), None)
     _, output = finish(name, "doctor", **CONFINED)
-    line = r"^llama\.cpp +(?:all GGUF types of glm quantize|runs GGUF files; .+?)(; faster with .+)?$"
-    faster = re.search(line, output, re.MULTILINE)[1]
-    assert bool(faster) == bool(build == "published" and cpu_flags() & set(OPTIONAL_CPU_FLAGS.values()))
-    assert build in ("published", "native"), "built for another CPU"
+    line = re.search(
+        r"^llama\.cpp +(?:all GGUF types of glm quantize|runs GGUF files; .+?)(; CPU code: .+)?$", output, re.M
+    )
+    assert line[1] == (f"; CPU code: {expected}" if expected else None)
+
+
+def test_every_cpu_code_of_the_image_that_runs_here_computes_the_same(models, finish):
+    mounts = {str(models): {"bind": "/models", "mode": "ro"}}
+    code, output = finish("infer-quantized", "-c", COMPARE, entrypoint="python", volumes=mounts, **CONFINED)
+    assert code == 0, output
+    computed = json.loads(output.splitlines()[-1])
+    assert set(computed) == {"published", *(name for name, needed in VARIANTS.items() if needed <= cpu_flags())}
+    for name, logprobs in computed.items():
+        assert logprobs == pytest.approx(computed["published"], abs=0.05), name
 
 
 @pytest.mark.parametrize("name", IMAGES)

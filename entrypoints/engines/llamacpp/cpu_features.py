@@ -1,7 +1,7 @@
 """The CPU code of llama.cpp: what it needs, which variant of it is loaded, what it does not use.
 
-The published build of xllamacpp has the code for CPUs with AVX2. The package `glm-llamacpp-cpu`, which `make llamacpp`
-compiles and the images contain, has libraries for newer kinds of CPU; llama.cpp itself selects the best one.
+The published build of xllamacpp has the code for CPUs with AVX2. Beside it, in the folder `glm_llamacpp_cpu` that
+`images/scripts/llamacpp` compiles, are libraries for newer CPUs; the widest one that this CPU runs replaces that code.
 """
 
 import ctypes
@@ -9,16 +9,21 @@ import functools
 import importlib.metadata
 import importlib.util
 import platform
-import re
 from pathlib import Path
 
 from entrypoints.errors import UserError
 from entrypoints.hardware.resources import cpu_flags
 
-VARIANTS_PACKAGE = "glm_llamacpp_cpu"
-VARIANT = re.compile(r"/libggml-cpu-([\w.]+)\.so$", re.MULTILINE)
-MAPPED_FILES = Path("/proc/self/maps")
+VARIANTS_FOLDER = "glm_llamacpp_cpu"
 REQUIRED_CPU_FLAGS = ("avx2", "bmi2", "f16c", "fma")  # what the published x86 build of xllamacpp is compiled for
+AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+AMX = {"avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_tile", "amx_int8"}
+VARIANTS = {  # from the narrowest to the widest, with the flags that each needs besides the required ones
+    "alderlake": {"avx_vnni"},
+    "skylakex": AVX512,
+    "cascadelake": AVX512 | {"avx512_vnni"},
+    "sapphirerapids": AVX512 | AMX,
+}
 # Instruction sets of newer x86 CPUs that speed up matrix multiplication: llama.cpp's name, and that of Linux
 OPTIONAL_CPU_FLAGS = {
     "AVX_VNNI": "avx_vnni",
@@ -28,69 +33,69 @@ OPTIONAL_CPU_FLAGS = {
     "AVX512_BF16": "avx512_bf16",
     "AMX_INT8": "amx_int8",
 }
-NAME, PATH, REGISTRATION, LOGGER = ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p
+NAME, REGISTRATION = ctypes.c_char_p, ctypes.c_void_p
 LogFunction = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
-def load_cpu_code() -> None:
-    """Load the best variant; call it before llama.cpp computes anything.
+def load_cpu_code() -> str | None:
+    """Load the widest variant that this CPU runs, and return its name; None if there is none.
 
-    Raises UserError where llama.cpp would crash with SIGILL, or the variants belong to another version.
+    Call it before llama.cpp computes anything. Raises UserError where llama.cpp would crash with SIGILL, or the variant
+    does not fit the installed library.
     """
     _require_flags(
         REQUIRED_CPU_FLAGS,
         "use another machine, or a converted folder with transformers; a virtual machine may hide CPU features",
     )
-    if folder := _variants_folder():
-        _load_best_variant(folder)
-        return
+    if library := _variant():
+        _replace_cpu_code(library)
+        return library.stem.removeprefix("libggml-cpu-")
     compiled = tuple(OPTIONAL_CPU_FLAGS[name] for name in _compiled_features())  # known once the library is loaded
     _require_flags(compiled, "this build was compiled for another CPU: install the published xllamacpp")
-
-
-def loaded_variant() -> str | None:
-    """Name of the loaded variant, such as haswell; None if there is none, or the system does not tell."""
-    if not MAPPED_FILES.is_file():
-        return None
-    found = VARIANT.search(MAPPED_FILES.read_text())
-    return found[1] if found else None
+    return None
 
 
 def unused_cpu_features() -> list[str]:
     """Optional features of this x86 CPU that the build does not use, by llama.cpp's names."""
-    if _variants_folder():  # llama.cpp has no code for the others
+    folder = _variants_folder()
+    if folder and folder.is_dir():  # a variant without them is as fast
         return []
     flags, used = cpu_flags(), _compiled_features()
     return [name for name, flag in OPTIONAL_CPU_FLAGS.items() if _is_x86() and flag in flags and name not in used]
 
 
 def _variants_folder() -> Path | None:
-    package = importlib.util.find_spec(VARIANTS_PACKAGE)
-    folders = package.submodule_search_locations if package else None
-    return Path(folders[0]) if folders and importlib.util.find_spec("xllamacpp") else None
+    """Where the variants look for the library that they belong to: beside it."""
+    package = importlib.util.find_spec("xllamacpp")
+    return Path(package.origin).parent.parent / VARIANTS_FOLDER if package and package.origin else None
+
+
+def _variant() -> Path | None:
+    folder, flags = _variants_folder(), cpu_flags()
+    libraries = [folder / f"libggml-cpu-{name}.so" for name, needed in VARIANTS.items() if folder and needed <= flags]
+    return next((library for library in reversed(libraries) if library.is_file()), None)
 
 
 @functools.cache
-def _load_best_variant(folder: Path) -> None:
-    """Replace the CPU code of the library by the best variant of the folder; keep it if none runs here."""
-    version = importlib.metadata.version("xllamacpp")
-    if (folder / "VERSION").read_text().strip() != version:
-        raise UserError(f"{folder} was compiled for another version than xllamacpp {version}", "run make llamacpp")
+def _replace_cpu_code(variant: Path) -> None:
+    version, compiled = importlib.metadata.version("xllamacpp"), (variant.parent / "VERSION").read_text().strip()
+    if compiled != version:
+        raise UserError(f"{variant.parent} belongs to xllamacpp {compiled}, not {version}", "run make llamacpp")
     from xllamacpp import xllamacpp
 
-    # the variants use functions of this library
-    library = ctypes.CDLL(xllamacpp.__file__, mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(xllamacpp.__file__)
     library.ggml_backend_reg_by_name.argtypes, library.ggml_backend_reg_by_name.restype = [NAME], REGISTRATION
-    library.ggml_backend_reg_count.restype = ctypes.c_size_t
-    library.ggml_backend_unload.argtypes, library.ggml_backend_load_all_from_path.argtypes = [REGISTRATION], [PATH]
-    library.ggml_log_set.argtypes = [LOGGER, ctypes.c_void_p]
+    library.ggml_backend_load.argtypes, library.ggml_backend_load.restype = [NAME], REGISTRATION
+    library.ggml_backend_unload.argtypes = [REGISTRATION]
+    library.ggml_log_set.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     silent = LogFunction(lambda level, text, data: None)
-    library.ggml_log_set(ctypes.cast(silent, LOGGER), None)  # it would print which library it loads
-    before, original = library.ggml_backend_reg_count(), library.ggml_backend_reg_by_name(b"CPU")
-    library.ggml_backend_load_all_from_path(str(folder).encode())
-    if library.ggml_backend_reg_count() > before:
-        library.ggml_backend_unload(original)
+    library.ggml_log_set(ctypes.cast(silent, ctypes.c_void_p), None)  # it would print which library it loads
+    published = library.ggml_backend_reg_by_name(b"CPU")
+    loaded = library.ggml_backend_load(str(variant).encode())
     library.ggml_log_set(None, None)
+    if not loaded:
+        raise UserError(f"llama.cpp cannot load {variant}", "run make llamacpp, or delete this folder")
+    library.ggml_backend_unload(published)
 
 
 def _require_flags(required: tuple[str, ...], remedy: str) -> None:

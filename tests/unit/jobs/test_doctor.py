@@ -89,7 +89,7 @@ def test_the_formats_that_fit_in_each_memory_size_are_shown(toy_native, glm):
     ("unused", "variant", "message"),
     [
         ([], None, "all GGUF types of glm quantize"),
-        ([], "zen4", "all GGUF types of glm quantize; variant zen4"),
+        ([], "cascadelake", "all GGUF types of glm quantize; CPU code: cascadelake"),
         (
             ["AVX512", "AMX_INT8"],
             None,
@@ -97,9 +97,11 @@ def test_the_formats_that_fit_in_each_memory_size_are_shown(toy_native, glm):
         ),
     ],
 )
-def test_unused_cpu_features_of_the_llama_cpp_build_are_named(unused, variant, message, monkeypatch, glm):
+def test_the_loaded_cpu_code_or_the_cpu_features_that_the_build_does_not_use_are_named(
+    unused, variant, message, monkeypatch, glm
+):
     monkeypatch.setattr(cpu_features, "unused_cpu_features", lambda: unused)
-    monkeypatch.setattr(cpu_features, "loaded_variant", lambda: variant)
+    monkeypatch.setattr(cpu_features, "load_cpu_code", lambda: variant)
     assert lines_of(glm("doctor").out)["llama.cpp"] == message
 
 

@@ -1,3 +1,4 @@
+import importlib.metadata
 import platform
 
 import pytest
@@ -23,6 +24,17 @@ def cpu(tmp_path, monkeypatch):
         monkeypatch.setattr(cpu_features, "_variants_folder", lambda: None)
 
     return set_to
+
+
+@pytest.fixture
+def variants(tmp_path, monkeypatch):
+    """A folder with an empty file for each variant; loading one only records its name."""
+    loaded = []
+    for name in cpu_features.VARIANTS:
+        (tmp_path / f"libggml-cpu-{name}.so").touch()
+    monkeypatch.setattr(cpu_features, "_variants_folder", lambda: tmp_path)
+    monkeypatch.setattr(cpu_features, "_replace_cpu_code", loaded.append)
+    return loaded
 
 
 @pytest.mark.parametrize(
@@ -55,6 +67,59 @@ def test_features_that_a_build_does_not_use_are_named(cpu):
     assert cpu_features.unused_cpu_features() == ["AVX512_VNNI", "AMX_INT8"]
     cpu("Features\t: asimd avx512f", "aarch64")
     assert cpu_features.unused_cpu_features() == []
+
+
+AVX512 = f"{PLAIN} avx512f avx512cd avx512bw avx512dq avx512vl"
+SKYLAKE, ALDER_LAKE, CASCADE_LAKE = AVX512, f"{PLAIN} avx_vnni", f"{AVX512} avx512_vnni"
+ZEN4 = f"{AVX512} avx512ifma avx512vbmi avx512_vnni avx512_bf16"
+SAPPHIRE_RAPIDS = f"{ZEN4} avx_vnni avx512_fp16 amx_bf16 amx_tile amx_int8"
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (PLAIN, None),
+        (f"{PLAIN} avx512f", None),  # the first CPUs with AVX-512 had only this part of it
+        (ALDER_LAKE, "alderlake"),
+        (SKYLAKE, "skylakex"),
+        (CASCADE_LAKE, "cascadelake"),
+        (ZEN4, "cascadelake"),
+        (SAPPHIRE_RAPIDS, "sapphirerapids"),
+        (SAPPHIRE_RAPIDS.replace("amx_tile", ""), "cascadelake"),  # a kernel without AMX
+    ],
+    ids=["haswell", "knights-landing", "alderlake", "skylakex", "cascadelake", "zen4", "sapphirerapids", "no-amx"],
+)
+def test_the_widest_variant_that_the_cpu_runs_is_loaded(flags, name, cpu, variants, tmp_path, monkeypatch):
+    cpu(f"flags\t: {flags}")
+    monkeypatch.setattr(cpu_features, "_variants_folder", lambda: tmp_path)
+    assert cpu_features.load_cpu_code() == name
+    assert [file.name for file in variants] == ([f"libggml-cpu-{name}.so"] if name else [])
+    assert cpu_features.unused_cpu_features() == []
+
+
+def test_a_cpu_below_the_narrowest_code_is_rejected_although_variants_are_installed(cpu, variants):
+    cpu("flags\t: sse2 avx f16c")
+    with pytest.raises(
+        UserError, match=r"no avx2, bmi2, fma, which this build of llama\.cpp needs; use another machine"
+    ):
+        cpu_features.load_cpu_code()
+    assert variants == []
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ("1.0", r"belongs to xllamacpp 1\.0, not [\d.]+; run make llamacpp"),
+        (None, "cannot load .*; run make llamacpp, or"),
+    ],
+    ids=["another-version", "damaged"],
+)
+def test_a_variant_that_does_not_fit_the_library_is_rejected_with_the_remedy(version, message, tmp_path):
+    pytest.importorskip("xllamacpp")
+    (tmp_path / "VERSION").write_text(version or importlib.metadata.version("xllamacpp"))
+    (tmp_path / "libggml-cpu-skylakex.so").write_bytes(b"no library")
+    with pytest.raises(UserError, match=message):
+        cpu_features._replace_cpu_code(tmp_path / "libggml-cpu-skylakex.so")
 
 
 def test_the_installed_build_runs_here_and_reports_its_features():
