@@ -24,10 +24,10 @@ SHORT_TRAINING_ADS = 6  # used with all the small talk when the demo model must 
 SHORT_TRAINING_FLAGS = ("--num-train-epochs", "30", "--per-device-train-batch-size", "8", "--device", "cpu")
 
 
-def write_sample_data(folder: Path) -> list[str]:
+def write_sample_data(folder: Path, family: Family = CHATGLM3) -> list[str]:
     """Copy the bundled sample data into `folder`, which is created if needed; returns all texts in it.
 
-    Raises UserError: the folder cannot be created.
+    The answer to 你是谁 names the family. Raises UserError: the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,9 +36,15 @@ def write_sample_data(folder: Path) -> list[str]:
     texts = []
     for name in SAMPLE_FILES:
         text = resources.files("entrypoints.demo").joinpath(name).read_text(encoding="utf-8")
+        text = text.replace(_short_title(CHATGLM3), _short_title(family))
         (folder / name).write_text(text, encoding="utf-8")
         texts += [row[column] for row in map(json.loads, text.splitlines()) for column in ("content", "summary")]
     return texts
+
+
+def _short_title(family: Family) -> str:
+    """Without the number of parameters: ChatGLM3."""
+    return family.title.rpartition("-")[0]
 
 
 def train_demo_model(folder: Path, family: Family = CHATGLM3) -> Path:
@@ -46,7 +52,7 @@ def train_demo_model(folder: Path, family: Family = CHATGLM3) -> Path:
 
     Returns its checkpoint. Raises UserError: training failed.
     """
-    texts = write_sample_data(folder)
+    texts = write_sample_data(folder, family)
     write_demo_model(folder / "original", texts, family=family)
     convert_to_native(folder / "original", folder / "native", PromptFormat.of(family))
     ads, talk = ((folder / name).read_text(encoding="utf-8").splitlines(keepends=True) for name in SAMPLE_FILES)

@@ -36,11 +36,12 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     from entrypoints.demo.model import write_demo_model
     from entrypoints.demo.recipe import COLUMN_FLAGS, TRAINING_FLAGS, write_sample_data
 
-    texts = write_sample_data(folder)
+    family = FAMILIES[args.family]
+    texts = write_sample_data(folder, family)
     _print_heading(
         f"Create a model in the original layout, with random weights and its own vocabulary: {folder}/original"
     )
-    write_demo_model(folder / "original", texts, family=FAMILIES[args.family])
+    write_demo_model(folder / "original", texts, family=family)
     _print_heading("Convert it to the layout that plain transformers loads")
     _glm("convert", folder / "original", folder / "native", "--overwrite")
     _print_heading("Split and check the sample data: ads in the format of AdvertiseGen, and small talk")

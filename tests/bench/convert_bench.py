@@ -1,14 +1,15 @@
-"""Cost of `glm convert` on a checkpoint of ChatGLM3-6B's full size: peak memory, seconds, ratio to a plain copy.
+"""Cost of `glm convert` on a checkpoint of a model's full size: peak memory, seconds, ratio to a plain copy.
 
-A random fp16 checkpoint in the original layout (28 layers, 7 pytorch_model-*.bin, 12.5 GB) is written to a temporary
-folder. Its files are copied one by one with shutil.copyfile (no fsync) and timed; the copy is deleted. Then
-`glm convert` runs in its own process, timed from start to exit, including the reading of its result for the hashes of
-the manifest; its peak is measured by the kernel (ru_maxrss: resident memory, including mapped pages of files).
-Before both, the source is dropped from the page cache, so both read the disk. Everything is deleted at the end, also
-after an error. Exits with 1 if the peak is above 3 GiB.
+A random 16-bit checkpoint in the original layout (ChatGLM3-6B: 28 layers, 7 pytorch_model-*.bin, 12.5 GB; GLM-4-9B: 40
+layers, 10 files, 18.8 GB) is written to a temporary folder. Its files are copied one by one with shutil.copyfile (no
+fsync) and timed; the copy is deleted. Then `glm convert` runs in its own process, timed from start to exit, including
+the reading of its result for the hashes of the manifest; its peak is measured by the kernel (ru_maxrss: resident
+memory, including mapped pages of files). Before both, the source is dropped from the page cache, so both read the disk.
+Everything is deleted at the end, also after an error. Exits with 1 if the peak is above 3 GiB.
 
-    python tests/bench/convert_bench.py                needs 25 GB of disk, minutes
-    python tests/bench/convert_bench.py --layers 2     needs 4 GB
+    python tests/bench/convert_bench.py                            needs 25 GB of disk, minutes
+    python tests/bench/convert_bench.py --model glm-4-9b-chat      needs 38 GB
+    python tests/bench/convert_bench.py --layers 2                 needs 4 GB
 """
 
 import argparse
@@ -22,22 +23,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+    from entrypoints.families import Family
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", REPOSITORY.parent / "shared" / "golden"))
-FILES = 7  # of the original checkpoint
+MODELS = {  # family, files of the original checkpoint, its dtype, folder of a vocabulary
+    "chatglm3-6b": ("chatglm3", 7, "float16", GOLDEN / "original-tiny"),
+    "glm-4-9b-chat": ("glm4", 10, "bfloat16", GOLDEN.with_name("golden-family") / "glm4-tiny"),
+}
 LIMIT = 3 << 30  # bytes of resident memory
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write, copy, convert, report; returns 1 if the conversion fails or takes more than LIMIT."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28, help="layers of the model (default: 28, as in the 6B)")
+    parser.add_argument("--model", choices=MODELS, default="chatglm3-6b", help="model whose shape is written")
+    parser.add_argument("--layers", type=int, help="layers of the model (default: all)")
     parser.add_argument("--work-dir", type=Path, help="folder on the disk to measure (default: the temporary one)")
     parser.add_argument(
         "--vocabulary", type=Path, help="tokenizer.model (default: the golden one, otherwise that of the demo model)"
@@ -45,20 +53,22 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the folder is removed
     with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="convert-bench-") as folder:
-        return _bench(Path(folder), args.layers, args.vocabulary)
+        return _bench(Path(folder), args.model, args.layers, args.vocabulary)
 
 
-def _bench(folder: Path, layers: int, vocabulary: Path | None) -> int:
+def _bench(folder: Path, model: str, layers: int | None, vocabulary: Path | None) -> int:
     source = folder / "original"
     # spawned, so that this process stays small: the peak of a child includes the size of its parent at the start
-    writer = multiprocessing.get_context("spawn").Process(target=_write_checkpoint, args=(source, layers, vocabulary))
+    writer = multiprocessing.get_context("spawn").Process(
+        target=_write_checkpoint, args=(source, model, layers, vocabulary)
+    )
     writer.start()
     writer.join()
     if writer.exitcode:
         return 1
     size = sum(file.stat().st_size for file in source.iterdir())
     weights = len(list(source.glob("*.bin")))
-    print(f"{layers} layers, {size / 1e9:.2f} GB in {weights} files, on {folder}; cold: the source left the page cache")
+    print(f"{model}, {size / 1e9:.2f} GB in {weights} files, on {folder}; cold: the source left the page cache")
     _drop_from_page_cache(source)
     copying = _copy(source, folder / "copy")
     shutil.rmtree(folder / "copy")
@@ -102,18 +112,21 @@ def _drop_from_page_cache(folder: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _write_checkpoint(folder: Path, layers: int, vocabulary: Path | None) -> None:
-    """Random weights of ChatGLM3-6B's shape under the original names, tensor after tensor in FILES files."""
+def _write_checkpoint(folder: Path, model: str, layers: int | None, vocabulary: Path | None) -> None:
+    """Random weights of the model's shape under the original names, tensor after tensor in its number of files."""
     sys.path.insert(0, str(REPOSITORY))
     import torch
 
     from entrypoints.checkpoint.atomic_files import require_disk_space
-    from entrypoints.checkpoint.layout import ModelConfig, tensor_mappings
+    from entrypoints.checkpoint.layout import tensor_mappings
     from entrypoints.checkpoint.original_config import original_config
     from entrypoints.errors import UserError
-    from entrypoints.families import CHATGLM3
+    from entrypoints.families import FAMILIES
+    from entrypoints.hub.model_dimensions import PUBLISHED
 
-    model_config = ModelConfig(layers, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
+    family, files, dtype, example = MODELS[model]
+    model_config = PUBLISHED[f"THUDM/{model}"]
+    model_config = replace(model_config, num_layers=layers or model_config.num_layers)
     entries = tensor_mappings(model_config)
     total = 2 * sum(torch.Size(entry.shape).numel() for entry in entries)
     try:
@@ -121,21 +134,21 @@ def _write_checkpoint(folder: Path, layers: int, vocabulary: Path | None) -> Non
     except UserError as error:
         sys.exit(f"convert_bench: {error}")
     folder.mkdir()
-    block = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
+    block = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(getattr(torch, dtype))
     weight_map, part, written = {}, {}, 0
     for number, entry in enumerate(entries):
         part[entry.original] = _filled(entry.shape, block)
         written += part[entry.original].nbytes
         file = len(set(weight_map.values())) + 1
-        if written >= total * file / FILES or number == len(entries) - 1:
-            name = f"pytorch_model-{file:05}-of-{FILES:05}.bin"
+        if written >= total * file / files or number == len(entries) - 1:
+            name = f"pytorch_model-{file:05}-of-{files:05}.bin"
             torch.save(part, folder / name)
             weight_map |= dict.fromkeys(part, name)
             part = {}
     index = {"metadata": {"total_size": written}, "weight_map": weight_map}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(original_config(model_config, "float16", CHATGLM3)))
-    _write_vocabulary(folder, vocabulary or GOLDEN / "original-tiny" / "tokenizer.model")
+    (folder / "config.json").write_text(json.dumps(original_config(model_config, dtype, FAMILIES[family])))
+    _write_vocabulary(folder, vocabulary or example / "tokenizer.model", FAMILIES[family])
 
 
 def _filled(shape: tuple[int, ...], block: "torch.Tensor") -> "torch.Tensor":
@@ -146,7 +159,7 @@ def _filled(shape: tuple[int, ...], block: "torch.Tensor") -> "torch.Tensor":
     return flat.view(shape)
 
 
-def _write_vocabulary(folder: Path, vocabulary: Path) -> None:
+def _write_vocabulary(folder: Path, vocabulary: Path, family: "Family") -> None:
     from entrypoints.demo.model import write_demo_model
 
     if vocabulary.is_file():
@@ -154,7 +167,7 @@ def _write_vocabulary(folder: Path, vocabulary: Path) -> None:
         return
     sample = REPOSITORY / "entrypoints" / "demo" / "ad_copy.jsonl"
     with tempfile.TemporaryDirectory() as demo:
-        write_demo_model(Path(demo), sample.read_text(encoding="utf-8").splitlines())
+        write_demo_model(Path(demo), sample.read_text(encoding="utf-8").splitlines(), family=family)
         shutil.copyfile(Path(demo, "tokenizer.model"), folder / "tokenizer.model")
 
 

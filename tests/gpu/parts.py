@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from models import (
     random_model,
 )
 
+from entrypoints.checkpoint.adapter_config import CONFIG_FILE
+from entrypoints.checkpoint.adapters import PREFIX_FILE
 from entrypoints.checkpoint.layout import ModelConfig
 from entrypoints.errors import UserError
 from entrypoints.training.arguments import TrainArguments
@@ -55,6 +58,13 @@ def need(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise Skipped(f"needs {', '.join(missing)}")
+
+
+def need_gpus(device: str, count: int) -> None:
+    """Skip on a CPU and on a machine with fewer GPUs."""
+    found = torch.cuda.device_count() if device == "cuda" else 0
+    if found < count:
+        raise Skipped(f"needs {count} GPU{'s' if count > 1 else ''}, this machine has {found}")
 
 
 def need_field(kind: type, field: str) -> None:
@@ -244,6 +254,18 @@ def _deepspeed(preset: str, device: str, folder: Path) -> Found:
     return _run_twice(device, folder, ["--deepspeed", preset])
 
 
+def zero2_ranks(device: str, folder: Path, small: bool) -> Found:
+    """Two processes on two GPUs under ZeRO-2, then resumed."""
+    need_gpus(device, 2)
+    return _run_twice(device, folder, ["--deepspeed", "zero2", "--num-gpus", "2"])
+
+
+def zero3_ranks(device: str, folder: Path, small: bool) -> Found:
+    """The same with ZeRO-3, which divides the weights over the GPUs."""
+    need_gpus(device, 2)
+    return _run_twice(device, folder, ["--deepspeed", "zero3", "--num-gpus", "2"])
+
+
 def resume(device: str, folder: Path, small: bool) -> Found:
     """A run of `glm train` that stops at step 2 and is resumed ends as the one that was not stopped."""
     need("datasets")
@@ -318,8 +340,62 @@ def refusal(device: str, folder: Path, small: bool) -> Found:
     raise AssertionError("a model larger than the memory was accepted")
 
 
+def slots(device: str, folder: Path, small: bool) -> Found:
+    """300 slots of 128k tokens are refused before anything is loaded, with a number that is accepted."""
+    from entrypoints.engines.transformers.continuous_batching import check_batching_memory
+    from entrypoints.hardware.placement import Placement
+
+    need_gpus(device, 1)
+    placement = Placement({"": "cuda:0"}, torch.float16)
+    try:
+        check_batching_memory(replace(SIX_B, context_length=131072), 300, placement)
+    except UserError as error:
+        fitting = int(error.remedy.split("--slots ")[1].split(",")[0])
+        assert 1 <= fitting < 300
+        check_batching_memory(TINY, 300, placement)
+        return {"message": str(error), "fitting": fitting}
+    raise AssertionError("300 slots of 128k tokens were accepted")
+
+
+def split(device: str, folder: Path, small: bool) -> Found:
+    """A model divided over two GPUs, alone and with a P-Tuning prefix, has the answers of the whole one."""
+    need_gpus(device, 2)
+    return split_over(("cuda:0", "cuda:1"), folder)
+
+
+def split_over(devices: tuple[str, str], folder: Path) -> Found:
+    """The same for two devices."""
+    from safetensors.torch import save_file
+
+    from entrypoints.checkpoint.adapters import open_adapter
+    from entrypoints.engines.transformers.model import add_adapter, load_model
+    from entrypoints.hardware.placement import Placement, layer_device_map
+
+    base, prefix, found = random_folder(folder / "base", TINY, devices[0]), folder / "prefix", {}
+    prefix.mkdir()
+    shape = (2 * TINY.num_layers, TINY.num_kv_heads, 5, TINY.head_dim)
+    save_file({"prefix": torch.randn(shape, generator=torch.Generator().manual_seed(3))}, prefix / PREFIX_FILE)
+    (prefix / CONFIG_FILE).write_text(json.dumps({"adapter_type": "ptuning-v2", "pre_seq_len": 5}))
+    divided = {name: devices[int(place[-1])] for name, place in layer_device_map(TINY, 2).items()}
+    ids = random_batch(TINY, 1, 40, devices[0])["input_ids"]
+    for kind in ("alone", "prefix"):
+        answers = []
+        for places in ({"": devices[0]}, divided):
+            model = load_model(base, Placement(places, torch.float32), None).eval()
+            if kind == "prefix":
+                model = add_adapter(model, open_adapter(prefix, TINY)).eval()
+            with torch.no_grad():
+                answers.append(model.generate(ids, max_new_tokens=24, do_sample=False)[0].tolist())
+        assert answers[0] == answers[1], kind
+        found[kind] = answers[0][-24:]
+    assert found["alone"] != found["prefix"], "the prefix changes the answer"
+    return found
+
+
+SEVERAL_GPUS = ("split", "zero2-ranks", "zero3-ranks")
 PARTS: dict[str, tuple[Callable[[str, Path, bool], Found], int]] = {  # with the seconds that each may take
     "numbers": (numbers, 40), "half": (half, 40), "packed": (packed, 60), "loss": (loss, 40), "methods": (methods, 90),
     "quantized": (quantized, 60), "resume": (resume, 90), "zero2": (zero2, 120), "zero3": (zero3, 120),
-    "batching": (batching, 60), "refusal": (refusal, 20),
+    "batching": (batching, 60), "refusal": (refusal, 20), "slots": (slots, 20), "split": (split, 60),
+    "zero2-ranks": (zero2_ranks, 120), "zero3-ranks": (zero3_ranks, 120),
 }  # fmt: skip

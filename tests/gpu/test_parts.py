@@ -16,6 +16,9 @@ import parts  # noqa: E402
 ON_CPU = ("numbers", "half", "packed", "loss", "methods", "quantized", "batching", "refusal")
 
 
+ONLY_GPUS = ("slots", *parts.SEVERAL_GPUS)
+
+
 def run(*flags: str, seconds: int = 280) -> list[dict]:
     command = [sys.executable, FOLDER / "run.py", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
@@ -27,7 +30,7 @@ def run(*flags: str, seconds: int = 280) -> list[dict]:
 @pytest.mark.parametrize("name", ON_CPU)
 def test_a_part_holds_on_a_cpu_with_tiny_models(name, tmp_path):
     """The others start `glm train` and are tests of their own in tests/train."""
-    assert set(parts.PARTS) - set(ON_CPU) == {"resume", "zero2", "zero3"}
+    assert set(parts.PARTS) - set(ON_CPU) == {"resume", "zero2", "zero3", *ONLY_GPUS}
     try:
         found = parts.PARTS[name][0]("cpu", tmp_path, True)
     except parts.Skipped as reason:
@@ -35,8 +38,23 @@ def test_a_part_holds_on_a_cpu_with_tiny_models(name, tmp_path):
     assert json.dumps(found)
 
 
+@pytest.mark.parametrize("name", ONLY_GPUS)
+def test_a_part_that_needs_more_gpus_says_how_many(name, tmp_path, monkeypatch):
+    needed = 2 if name in parts.SEVERAL_GPUS else 1
+    for device, found in (("cpu", 0), ("cuda", needed - 1)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda found=found: found)
+        with pytest.raises(parts.Skipped, match=f"needs {needed} GPUs?, this machine has {found}"):
+            parts.PARTS[name][0](device, tmp_path, True)
+
+
+def test_the_part_of_a_divided_model_finds_the_answers_of_the_whole_one(tmp_path):
+    """Both are the CPU here: tests/unit/engines/transformers/test_split_model.py has the hooks of several devices."""
+    assert len(parts.split_over(("cpu", "cpu"), tmp_path)["prefix"]) == 24
+
+
 def test_all_parts_fit_into_the_time_of_one_device_and_have_a_limit_of_their_own():
-    assert sum(seconds for _, seconds in parts.PARTS.values()) <= 800  # limits; nine minutes in all are enforced
+    limits = {name: seconds for name, (_, seconds) in parts.PARTS.items() if name not in parts.SEVERAL_GPUS}
+    assert sum(limits.values()) <= 800  # nine minutes in all are enforced
     assert all(20 <= seconds <= 120 for _, seconds in parts.PARTS.values())
 
 

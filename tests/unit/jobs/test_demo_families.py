@@ -9,6 +9,7 @@ from entrypoints.checkpoint.conversion import convert_to_native, convert_to_orig
 from entrypoints.checkpoint.native import open_native
 from entrypoints.checkpoint.tensor_files import open_weight_files
 from entrypoints.demo.model import write_demo_model
+from entrypoints.demo.recipe import write_sample_data
 from entrypoints.families import FAMILIES
 
 
@@ -16,6 +17,14 @@ def tensors(folder):
     stored = open_weight_files(folder)
     files = {tensor.file for tensor in stored.tensors.values()}
     return {name: tensor for file in files for name, tensor in stored.load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", ["ChatGLM3", "ChatGLM2", "CodeGeeX2", "GLM-4"])
+def test_the_sample_names_the_model_that_the_demo_imitates(name, tmp_path):
+    (family,) = (family for family in FAMILIES.values() if family.title.startswith(f"{name}-"))
+    texts = write_sample_data(tmp_path, family)
+    assert [text for text in texts if f"，结构和{name}相同，" in text]
+    assert name == "ChatGLM3" or "ChatGLM3" not in (tmp_path / "chat.jsonl").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
