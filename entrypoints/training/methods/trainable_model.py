@@ -82,6 +82,11 @@ def _load_base(
         device_map=None if device is None else {"": device},
         **quantization,
     )
+    for module in model.modules():
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # repacked in an evaluation, 4 bits have no gradient afterwards
+            module.support_avx512bf16_for_cpu = False
     change_class(model, GlmForFineTuning)
     model.replace_output_layer()
     model.label_smoothing = arguments.label_smoothing

@@ -1,6 +1,6 @@
 """The flags of the scripts in the folder ptuning of ChatGLM2-6B's repository, unchanged, on the tiny model.
 
-What follows "beside the script" keeps the run short and on the CPU; --quantization_bit 4 needs a CUDA device.
+What follows "beside the script" keeps the run short and on the CPU.
 """
 
 import json
@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 ROWS = [{"content": f"类型#裙*颜色#{color}", "summary": f"{color}色的裙子。"} for color in "红蓝白黑绿黄"]
 ON_CPU = ("--device", "cpu", "--max_steps", 2, "--save_steps", 1, "--gradient_accumulation_steps", 1)
 ON_CPU = (*ON_CPU, "--preprocessing_num_workers", 1)  # beside the script
-QUANTIZED = "--quantization_bit 4"
 TRAIN = """--do_train --train_file {data}/train.json --validation_file {data}/dev.json --preprocessing_num_workers 10
     --prompt_column content --response_column summary --overwrite_cache --model_name_or_path {model}
     --output_dir {out}/adgen-chatglm2-6b-pt-128-2e-2 --overwrite_output_dir --max_source_length 64
@@ -57,12 +56,12 @@ def script(glm, toy_native, tmp_path):
 def test_train_and_evaluate_with_p_tuning(script, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     output = tmp_path / "output" / "adgen-chatglm2-6b-pt-128-2e-2"
-    done = script(TRAIN.replace(QUANTIZED, ""), *ON_CPU)
+    done = script(TRAIN, *ON_CPU)
     assert (done.code, done.out) == (0, f"{output}\n")
     assert "--predict-with-generate has no effect without --test-file" in done.err
     assert load_file(output / "prefix.safetensors")["prefix"].shape[2] == 128
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
-    done = script(EVALUATE.replace(QUANTIZED, ""), "--device", "cpu", "--max_target_length", 8)
+    done = script(EVALUATE, "--device", "cpu", "--max_target_length", 8)
     assert (done.code, done.out) == (0, f"{output}\n")
     answers = (output / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["reference"] for line in answers] == [row["summary"] for row in ROWS[:3]]
@@ -83,9 +82,7 @@ def test_finetune_and_evaluate(script, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
-@pytest.mark.parametrize(
-    ("flags", "named"), [(TRAIN, "4 bits"), (EVALUATE, "contains no adapter"), (FINETUNE, "--fp16")]
-)
+@pytest.mark.parametrize(("flags", "named"), [(EVALUATE, "contains no adapter"), (FINETUNE, "--fp16")])
 def test_what_needs_cuda_is_named_without_it(flags, named, script):
     assert named in script(flags).mistake()
 
@@ -102,11 +99,13 @@ class TestParts:
 
     def test_an_evaluation_alone_has_the_loss_of_the_training_run(self, script, tmp_path):
         """The mean over the labels of the validation rows, by another path than the Trainer's."""
-        run = TRAIN.replace(QUANTIZED, "")
-        assert script(run, *ON_CPU, "--do_eval", "--per_device_eval_batch_size", 3).code == 0
+        exact, in_4_bits = "", "--quantization_bit 4"
+        assert (
+            script(TRAIN.replace(in_4_bits, exact), *ON_CPU, "--do_eval", "--per_device_eval_batch_size", 3).code == 0
+        )
         output = tmp_path / "output" / "adgen-chatglm2-6b-pt-128-2e-2"
         trained = json.loads((output / "eval_results.json").read_text())["eval_loss"]
-        alone = EVALUATE.replace(QUANTIZED, "").replace("--do_predict", "--do_eval")
+        alone = EVALUATE.replace(in_4_bits, exact).replace("--do_predict", "--do_eval")
         assert (
             script(alone, "--device", "cpu", "--max_target_length", 128, "--output_dir", tmp_path / "alone").code == 0
         )
