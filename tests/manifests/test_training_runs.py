@@ -64,7 +64,7 @@ def test_a_run_resumes_has_time_to_save_and_stops_at_once_at_a_user_error(overla
 def test_jobset_and_trainjob_run_the_same_command_under_the_name_of_the_run(name, kind, main, domain, used):
     plain = one(objects("train-multi"), "CronJob", "train")["spec"]["jobTemplate"]["spec"]["template"]
     assert not [each for each in used(name) if (each["kind"], each["metadata"]["name"]) == ("CronJob", "train")]
-    run = one(used(name), kind, "first" if kind == "JobSet" else "train")
+    run = one(used(name), kind, "first")
     copy = pod_template(run)
     assert container(copy, main)["args"] == container(plain, "train")["args"]
     for each in (container(copy, main), container(copy, "check-run")):
@@ -76,7 +76,7 @@ def test_jobset_and_trainjob_run_the_same_command_under_the_name_of_the_run(name
     rules = (run["spec"] if kind == "JobSet" else run["spec"]["template"]["spec"])["failurePolicy"]["rules"]
     assert {"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]} in rules
     if kind != "JobSet":
-        assert one(used(name), "TrainJob", "first")["spec"]["runtimeRef"]["name"] == "train"
+        assert one(used(name), "TrainJob", "first")["spec"]["runtimeRef"]["name"] == "first"
 
 
 def test_a_run_joins_its_kueue_queue_and_only_kueue_suspends_it(used):
