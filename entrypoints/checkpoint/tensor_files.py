@@ -96,7 +96,7 @@ def open_weight_files(folder: Path) -> WeightFiles:
     for label, stem, suffix in FORMATS:
         files = _weight_files(folder, stem, suffix)
         if files:
-            logger.info("reading %d %s file(s) of %s", len(files), label, folder)
+            logger.debug("reading %d %s file(s) of %s", len(files), label, folder)
             return WeightFiles(folder, {name: tensor for file in files for name, tensor in _tensor_infos(file)})
     raise UserError(f"{folder} contains no weights", "it needs model*.safetensors or pytorch_model*.bin")
 

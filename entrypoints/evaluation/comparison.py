@@ -16,6 +16,11 @@ EXAMPLES = 5
 SCORES = ("bleu_4", "rouge_1", "rouge_2", "rouge_l")
 HEAD = ("model", "BLEU-4", "ROUGE-1", "ROUGE-2", "ROUGE-L", "characters", "length ratio", "repetition", "empty", "time")
 
+LEGEND = (
+    "BLEU and ROUGE in percent; characters: mean length of an answer; length ratio: answer to reference; repetition: "
+    "repeated 4-grams of characters, 0 to 1; empty: answers without text; time: of all answers, without loading."
+)
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -61,7 +66,7 @@ def score_table(evaluated: Sequence[Evaluated]) -> Table:
             f"{one.seconds:.1f} s",
         ]
         rows.append((one.name, *cells))
-    return Table("Scores", HEAD, rows)
+    return Table("Scores", HEAD, rows, LEGEND)
 
 
 def example_tables(evaluated: Sequence[Evaluated]) -> list[Table]:

@@ -18,11 +18,12 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, the names of the columns and their cells."""
+    """A heading, the names of the columns and their cells, and what the columns mean."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    note: str = ""
 
 
 def markdown(title: str, tables: Sequence[Table]) -> str:
@@ -34,7 +35,8 @@ def markdown_table(table: Table) -> str:
     """One table with its heading."""
     cells = [[_escape_markdown(cell) for cell in row] for row in table.rows]
     lines = [table.head, ["---"] * len(table.head), *cells]
-    return "\n".join([f"## {table.title}", "", *(f"| {' | '.join(line)} |" for line in lines)])
+    note = ["", table.note] if table.note else []
+    return "\n".join([f"## {table.title}", "", *(f"| {' | '.join(line)} |" for line in lines), *note])
 
 
 def page(title: str, tables: Sequence[Table]) -> str:
@@ -51,4 +53,5 @@ def _escape_markdown(text: str) -> str:
 def _html(table: Table) -> str:
     rows = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
-    return f"<h2>{html.escape(table.title)}</h2>\n<table><tr>{head}</tr>\n{rows}</table>"
+    note = f"\n<p>{html.escape(table.note)}</p>" if table.note else ""
+    return f"<h2>{html.escape(table.title)}</h2>\n<table><tr>{head}</tr>\n{rows}</table>{note}"

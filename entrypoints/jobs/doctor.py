@@ -99,15 +99,15 @@ def _print_plan(model: Path | None, gpu_memory: str) -> None:
     card, model_config = parse_card(gpu_memory), read_dimensions(model)
     options = model_fit.serving_options(model_config, card)
     _print_fact("model", f"{model}, {model_config.num_layers} layers, context length {model_config.context_length}")
+    if not has_weights(model):
+        weights = format_size(weight_bytes(model_config, 2))
+        _print_fact("  disk", f"{weights} as downloaded, and {weights} converted")
     _print_fact("gpu", str(card))
     if not options:
         raise UserError(
             f"no precision of the model fits on a GPU of {format_size(card.memory)} with one full context",
             "choose a larger GPU, or a GGUF file on CPUs: glm doctor --model without --gpu-memory lists their memory",
         )
-    if not has_weights(model):
-        weights = format_size(weight_bytes(model_config, 2))
-        _print_fact("disk", f"{weights} as downloaded, and {weights} converted")
     for option in options:
         _print_fact(f"  {option.engine}", str(option))
     _print_fact("  command", options[0].command(str(model) if has_weights(model) else "DIR"))

@@ -139,8 +139,12 @@ def _with_bases(models: Sequence[Path]) -> list[tuple[Path, Path | None]]:
 
 
 def _names(models: Sequence[Path]) -> list[str]:
-    """A name for each model: that of its folder or file, with a number if two have the same one."""
-    stems = [model.stem if model.suffix == ".gguf" else model.resolve().name for model in models]
+    """A name for each model: that of its folder, or of its file; with a number if two have the same one."""
+    folders = {model.resolve().name for model in models if model.suffix != ".gguf"}
+    stems = [
+        model.stem if model.suffix == ".gguf" and model.stem not in folders else model.resolve().name
+        for model in models
+    ]
     return [
         stem if stems.count(stem) == 1 else f"{stem}-{stems[: position + 1].count(stem)}"
         for position, stem in enumerate(stems)

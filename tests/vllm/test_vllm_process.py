@@ -124,7 +124,7 @@ def test_a_device_that_vllm_was_not_built_for_is_rejected(toy: Path):
 
 
 def test_slots_that_exceed_the_memory_are_rejected_before_vllm_starts(toy: Path):
-    with pytest.raises(UserError, match=r"1000000 slots of 1024 tokens needs .* GB"):
+    with pytest.raises(UserError, match=r"--slots 1000000 of 1024 tokens needs .* GB"):
         VllmEngine.load(toy, EngineOptions(slots=10**6))
 
 

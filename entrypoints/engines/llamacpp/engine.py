@@ -86,7 +86,7 @@ class LlamaCppEngine:
         require_memory(checkpoint, options.slots, context_length, options.use_mmap)
         options = replace(options, context_length=context_length, threads=options.threads or available_cpus())
         logger.info(
-            "loading %s (%s), %d slots of %d tokens, %d threads",
+            "loading %s (%s) with --slots %d of %d tokens, --threads %d",
             file,
             checkpoint.type,
             options.slots,
@@ -218,7 +218,7 @@ def require_memory(checkpoint: GgufCheckpoint, slots: int, context_length: int, 
     needed = needed_bytes(checkpoint.model_config, checkpoint.file.stat().st_size, slots, context_length, use_mmap)
     if (available := available_memory()) < needed:
         raise UserError(
-            f"{checkpoint.file} with {slots} slots of {context_length} tokens needs {format_size(needed)} of memory, "
+            f"{checkpoint.file} with --slots {slots} of {context_length} tokens needs {format_size(needed)} of memory, "
             f"{format_size(available)} are available",
             "free memory, or use fewer slots or a smaller type",
         )

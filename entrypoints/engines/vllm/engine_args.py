@@ -160,7 +160,7 @@ def _cpu_cache(model_config: ModelConfig, slots: int, itemsize: int) -> dict[str
     needed = cache_bytes + int(weight_bytes(model_config, itemsize) * MEMORY_HEADROOM_FACTOR)
     if (available := available_memory()) < needed:
         raise UserError(
-            f"the model with {slots} slots of {model_config.context_length} tokens needs {format_size(needed)} of "
+            f"the model with --slots {slots} of {model_config.context_length} tokens needs {format_size(needed)} of "
             f"memory, {format_size(available)} are available",
             "free memory, or use fewer slots",
         )

@@ -54,7 +54,7 @@ def test_safetensors_are_preferred_to_bin_and_the_format_is_logged(tmp_path, cap
     """Both formats are present, with different values."""
     write(tmp_path, "model", "safetensors", 1)
     torch.save({name: tensor + 1 for name, tensor in TENSORS.items()}, tmp_path / "pytorch_model.bin")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         stored = open_weight_files(tmp_path)
     assert {tensor.file.name for tensor in stored.tensors.values()} == {"model.safetensors"}
     assert f"reading 1 safetensors file(s) of {tmp_path}" in caplog.messages

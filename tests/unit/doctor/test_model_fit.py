@@ -67,7 +67,7 @@ def test_loading_requires_the_memory_that_the_table_states(toy_gguf, monkeypatch
     needed = needed_bytes(checkpoint.model_config, toy_gguf.stat().st_size, 1, 1024)
     monkeypatch.setattr(engine, "available_memory", lambda: needed)
     engine.require_memory(checkpoint, 1, 1024)
-    with pytest.raises(UserError, match=r"toy\.gguf with 2 slots of 1024 tokens needs \d+\.\d MB of memory"):
+    with pytest.raises(UserError, match=r"toy\.gguf with --slots 2 of 1024 tokens needs \d+\.\d MB of memory"):
         engine.require_memory(checkpoint, 2, 1024)
     monkeypatch.setattr(engine, "available_memory", lambda: needed - 1)
     with pytest.raises(UserError, match="fewer slots or a smaller type"):

@@ -4,12 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from entrypoints.evaluation.comparison import Evaluated, most_different_rows, write_comparison
 from entrypoints.evaluation.metrics import score
 from entrypoints.evaluation.predict import Prediction
+from entrypoints.jobs import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +48,17 @@ def test_base_tuned_and_quantized_are_in_one_table(glm, toy_native, toy_gguf, tu
     answers = {name: (tmp_path / "compared" / name / "generated_predictions.jsonl").read_text() for name in names}
     assert answers["tuned"] != answers[toy_native.name]
     for file in ("comparison.md", "comparison.html"):
-        assert "tuned" in (tmp_path / "compared" / file).read_text(encoding="utf-8")
+        text = (tmp_path / "compared" / file).read_text(encoding="utf-8")
+        assert "tuned" in text
+        assert "characters: mean length of an answer; length ratio:" in text
     again = glm("evaluate", *models[:4], *flags)
     assert "kept in" in again.err
     assert (tmp_path / "compared" / "tuned" / "earlier-1" / "predict_results.json").is_file()
+
+
+def test_a_folder_and_a_file_of_one_name_are_told_apart():
+    models = [Path("a/tuned"), Path("tuned.gguf"), Path("b/tuned"), Path("other.gguf")]
+    assert evaluate._names(models) == ["tuned-1", "tuned.gguf", "tuned-2", "other"]
 
 
 def test_a_base_model_is_asked_with_the_limits_of_the_tuned_one(glm, toy_native, tuned, rows, tmp_path, monkeypatch):

@@ -138,7 +138,9 @@ def test_a_gguf_file_is_shown_with_the_memory_it_needs(toy_gguf, glm, monkeypatc
     monkeypatch.setattr(engine, "available_memory", lambda: 1_000_000)
     done = glm("doctor", "--model", toy_gguf)
     assert done.code == 1
-    assert re.search(r"glm: .*toy\.gguf with 1 slots of 1024 tokens needs \d+\.\d MB of memory, 1\.0 MB are", done.err)
+    assert re.search(
+        r"glm: .*toy\.gguf with --slots 1 of 1024 tokens needs \d+\.\d MB of memory, 1\.0 MB are", done.err
+    )
 
 
 def test_serving_is_planned_for_a_gpu_that_this_machine_lacks_and_without_the_weights(glm):

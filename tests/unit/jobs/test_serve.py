@@ -178,7 +178,7 @@ def test_verify_detects_changed_contents_before_loading(job, damaged):
     assert (done.returncode, done.stdout) == (1, "")
     assert "Traceback" not in done.stderr
     assert f"glm: {damaged} does not match its SHA-256" in done.stderr
-    assert "slots of" not in done.stderr  # logged when llama.cpp starts
+    assert "with --slots" not in done.stderr  # logged when llama.cpp starts
 
 
 def test_without_verify_the_record_is_not_read(damaged):

@@ -157,7 +157,7 @@ def test_an_invalid_context_length_or_number_of_slots_is_rejected(context_length
 
 def test_insufficient_memory_is_reported_before_loading(toy_gguf, monkeypatch):
     monkeypatch.setattr(engine, "available_memory", lambda: 1_000_000)
-    with pytest.raises(UserError, match=r"4 slots of 1024 tokens needs \d+\.\d MB of memory.*fewer slots"):
+    with pytest.raises(UserError, match=r"--slots 4 of 1024 tokens needs \d+\.\d MB of memory.*fewer slots"):
         LlamaCppEngine.load(toy_gguf, EngineOptions(slots=4))
 
 
@@ -169,7 +169,7 @@ def test_the_kv_cache_of_each_slot_and_of_the_prompt_cache_is_counted_before_loa
     embedding = 2 * 2432 * 256  # bytes, ids, hidden
     needed = toy_gguf.stat().st_size + kept + embedding + engine.RUNTIME_BYTES
     monkeypatch.setattr(engine, "available_memory", lambda: needed - 1)
-    with pytest.raises(UserError, match=f"3 slots of {context_length} tokens needs"):
+    with pytest.raises(UserError, match=f"--slots 3 of {context_length} tokens needs"):
         LlamaCppEngine.load(toy_gguf, EngineOptions(slots=3, context_length=context_length))
     monkeypatch.setattr(engine, "available_memory", lambda: needed)
     LlamaCppEngine.load(toy_gguf, EngineOptions(slots=3, context_length=context_length, threads=1)).close()

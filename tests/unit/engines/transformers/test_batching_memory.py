@@ -65,7 +65,7 @@ def test_slots_that_do_not_fit_are_rejected_before_loading_and_the_remedy_is_acc
     monkeypatch.setattr(engine, "load_model", lambda *args: loaded.append(args))
     gpu = Gpu("Pretended", 2 * 10**9, 10**9 + 10**8, (7, 5))
     monkeypatch.setattr(continuous_batching, "list_gpus", lambda: [gpu])
-    with pytest.raises(UserError, match=r"300 slots of 1024 tokens need .* are free; use --slots \d+") as error:
+    with pytest.raises(UserError, match=r"--slots 300 of 1024 tokens need .* are free; use --slots \d+") as error:
         TransformersEngine.load(toy_native, EngineOptions(slots=300))
     assert not loaded
     accepted = int(error.value.remedy.split()[2].rstrip(","))

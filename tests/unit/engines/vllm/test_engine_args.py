@@ -64,7 +64,7 @@ def test_load_in_8bit_on_a_cpu_is_rejected():
 
 def test_insufficient_memory_for_the_slots_is_rejected(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine_args, "available_memory", lambda: 10**7)
-    with pytest.raises(UserError, match=r"4 slots of 1024 tokens needs \S+ [kM]B"):
+    with pytest.raises(UserError, match=r"--slots 4 of 1024 tokens needs \S+ [kM]B"):
         device_settings(MODEL_CONFIG, "cpu", EngineOptions(slots=4, dtype="float32"))
 
 
