@@ -77,17 +77,17 @@ up: ## Start the API and the web pages in containers, on CPUs by default: make u
 down: ## Stop and remove all containers; volumes with models and runs are kept
 	$(COMPOSE) --profile '*' down --remove-orphans
 
-remove: ## Remove all containers and volumes, with the models, runs, scores and usage in them; asks first
-	@read -r -p 'Delete the volumes of this project, with its models, training runs, scores and usage? Type yes: ' answer || true; \
+remove: ## Remove all containers and volumes, with the models, runs, scores, usage and conversations in them; asks first
+	@read -r -p 'Delete the volumes of this project, with its models, training runs, scores, usage and conversations? Type yes: ' answer || true; \
 	  if [ "$$answer" != yes ]; then echo 'Nothing was removed.'; exit 1; fi
 	$(COMPOSE) --profile '*' down --remove-orphans --volumes
 
 switch: ## Serve another model in containers: prepares it first, keeps the former one on failure: make switch MODEL=mine
 	compose/switch $(MODEL)
 
-# the volumes with training runs, scores and usage; .env and the files of the secrets are files already
+# the volumes with training runs, scores, usage and conversations; .env and the files of the secrets are files already
 BACKUP ?= backup-$(shell date +%Y-%m-%d).tar.gz
-backup: ## Write training runs, scores and usage of the containers to a file: make backup [BACKUP=file.tar.gz]
+backup: ## Write training runs, scores, usage and conversations of the containers to a file: make backup [BACKUP=file.tar.gz]
 	$(COMPOSE) run --rm --no-deps -T backup > $(BACKUP).partial
 	mv $(BACKUP).partial $(BACKUP)
 	@echo $(BACKUP)

@@ -10,6 +10,7 @@ from entrypoints.errors import UserError, read_remedy
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DEVICES = ("auto", "cuda", "mps", "cpu")
+CONVERSATION_PLACES = ("browser", "server", "off")
 LOAD_IN_BITS = {"8bit": 8, "4bit": 4}  # bits of the layer matrices that bitsandbytes quantizes while loading
 
 T = TypeVar("T")
@@ -55,6 +56,12 @@ class Settings:
         default=NO_SECRET, metadata={"description": "Password that visitors of `glm web` enter"}
     )
     page_users_file: str = _setting("", "Users file of `glm web`, written by `glm user`; in place of a page password")
+    conversations: str = _setting(
+        "browser", "Where the chat pages keep conversations: browser, server or off; default of `--conversations`"
+    )
+    page_state_dir: str = _setting(
+        "", "Folder of the conversations on the server, by default that of the users file; default of `--state-dir`"
+    )
     feedback_dir: str = _setting(
         "", "Folder for ratings and corrections of visitors; default of `--feedback-dir` of `glm web`"
     )
@@ -76,7 +83,9 @@ class Settings:
             elif value:
                 values[f.name] = value
         settings = cls(**values)  # type: ignore[arg-type]  # Secret and str go to fields of that type
-        allowed = {"log_format": LOG_FORMATS, "log_level": LOG_LEVELS, "device": DEVICES}
+        allowed = {
+            "log_format": LOG_FORMATS, "log_level": LOG_LEVELS, "device": DEVICES, "conversations": CONVERSATION_PLACES
+        }  # fmt: skip
         invalid = [
             f"{name.upper()}={getattr(settings, name)}"
             for name in allowed

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING
 
 from entrypoints import flags
 from entrypoints.errors import UserError
-from entrypoints.settings import Settings
+from entrypoints.settings import CONVERSATION_PLACES, Settings
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from entrypoints.web.server import PageOptions
+    from entrypoints.web.visitors import Visitors
 
 logger = logging.getLogger(__name__)
 UIS = ("gradio", "streamlit", "training")
@@ -57,6 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="users who may sign in, written by glm user; overrides PAGE_USERS_FILE",
+    )
+    parser.add_argument(
+        "--conversations",
+        choices=CONVERSATION_PLACES,
+        help="where the chat pages keep conversations: in the browser of the visitor, on the server for users who "
+        "signed in, or nowhere; overrides CONVERSATIONS, without both: browser",
+    )
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        help="folder of the conversations on the server; overrides PAGE_STATE_DIR, without both: the folder of the "
+        "users file",
     )
     parser.add_argument(
         "--feedback-dir",
@@ -108,14 +121,35 @@ def _chat_page(
 
     folder = args.feedback_dir or settings.feedback_dir
     feedback = FeedbackFile(Path(folder).resolve()) if folder else None
-    users_file = str(options.users_file.resolve()) if options.users_file else ""
+    visitors = _visitors(args, settings, options.users_file)
     if args.ui == "gradio":
         from entrypoints.web.gradio_page import create_app
 
-        return create_app(ApiClient(*server), options.root_path, feedback, users_file)
-    environment = {"API_URL": server[0], "API_KEY": server[1], "PAGE_USERS_FILE": users_file}
-    environment["FEEDBACK_DIR"] = str(feedback.folder) if feedback else ""
+        return create_app(ApiClient(*server), options.root_path, feedback, visitors)
+    environment = {
+        "API_URL": server[0],
+        "API_KEY": server[1],
+        "PAGE_USERS_FILE": visitors.users_file,
+        "CONVERSATIONS": visitors.place,
+        "PAGE_STATE_DIR": str(visitors.database.file.parent) if visitors.database else "",
+        "FEEDBACK_DIR": str(feedback.folder) if feedback else "",
+    }
     return streamlit_app("streamlit_page", environment, options.root_path)
+
+
+def _visitors(args: argparse.Namespace, settings: Settings, users_file: Path | None) -> "Visitors":
+    """Raises UserError: conversations are to be on the server, but nobody signs in, or the folder cannot be written."""
+    from entrypoints.web.conversation_database import ConversationDatabase
+    from entrypoints.web.visitors import Visitors
+
+    place, database = args.conversations or settings.conversations, None
+    if place == "server":
+        if not users_file:
+            problem = "conversations on the server need users who sign in, and no users file is set"
+            raise UserError(problem, "add --users-file FILE, or choose --conversations browser")
+        folder = args.state_dir or settings.page_state_dir or users_file.resolve().parent
+        database = ConversationDatabase(Path(folder).resolve())
+    return Visitors(str(users_file.resolve()) if users_file else "", place, database)
 
 
 @contextlib.contextmanager

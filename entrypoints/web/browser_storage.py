@@ -7,6 +7,7 @@ from entrypoints.web.i18n import LANGUAGES, translate
 from entrypoints.web.session import ChatSession, slider_ranges
 
 THEME_TEXTS = {"system": "theme_system", "light": "theme_light", "dark": "theme_dark"}
+PLACE_TEXTS = {"browser": "kept_browser", "server": "kept_server", "off": "kept_off"}
 ROLE_TEXTS = {"user": "role_user", "assistant": "role_assistant", "tool": "role_tool"}
 # the settings that the browser keeps, in the order in which the page sends them
 KEPT_SETTINGS = (

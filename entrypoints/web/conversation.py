@@ -228,10 +228,10 @@ def plain_rounds(path: list[Node]) -> list[list[str]]:
     return rounds
 
 
-def parse_conversations(text: str) -> list[Conversation] | ErrorMessage:
+def parse_conversations(text: str, limit: int = MAX_IMPORT_CHARACTERS) -> list[Conversation] | ErrorMessage:
     """Conversations of an exported file: one, or a list. Never raises for bad content."""
-    if len(text) > MAX_IMPORT_CHARACTERS:
-        return ErrorMessage("import_too_large", {"limit": MAX_IMPORT_CHARACTERS})
+    if len(text) > limit:
+        return ErrorMessage("import_too_large", {"limit": limit})
     try:
         given = json.loads(text)
         found = _CONVERSATIONS.validate_python(given if isinstance(given, list) else [given])

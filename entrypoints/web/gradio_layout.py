@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 from gradio.blocks import Block
 
-from entrypoints.web.browser_storage import THEME_TEXTS
+from entrypoints.web.browser_storage import PLACE_TEXTS, THEME_TEXTS
 from entrypoints.web.gradio_assets import ACTION_SCRIPT, LATEX_DELIMITERS
 from entrypoints.web.i18n import LANGUAGES, TEXTS, translate
 from entrypoints.web.session import ChatOptions, SliderRange, slider_ranges
@@ -16,10 +16,10 @@ EXAMPLES = ("example_1", "example_2", "example_3", "example_4")
 class Layout:
     """All components; `labels` lists those whose texts follow the language, as (component, {property: key})."""
 
-    def __init__(self, feedback: bool) -> None:
+    def __init__(self, feedback: bool, place: str) -> None:
         self.i18n = gr.I18n(**{tag: _fixed_texts(language) for language in LANGUAGES for tag in _locales(language)})
         self.labels: list[tuple[Block, dict[str, str]]] = []
-        self._create_sidebar()
+        self._create_sidebar(place)
         self._create_header()
         self._create_conversation(feedback)
         self._create_input()
@@ -41,7 +41,7 @@ class Layout:
     def _button(self, name: str, **properties: Any) -> Any:
         return self._add(gr.Button, {"value": name}, size="sm", elem_id=name, **properties)
 
-    def _create_sidebar(self) -> None:
+    def _create_sidebar(self, place: str) -> None:
         with gr.Sidebar(width=320, open=False, elem_id="settings") as self.sidebar:
             self.clear = self._button("clear", variant="primary")
             self.search = self._add(
@@ -50,13 +50,13 @@ class Layout:
             self.conversations = self._add(gr.Radio, {"label": "conversations"}, choices=[], elem_id="conversations")
             self.manage = self._add(gr.Accordion, {"label": "manage"}, open=False, elem_id="manage")
             with self.manage:
-                self._create_manage_section()
+                self._create_manage_section(place)
             self.settings = self._add(gr.Accordion, {"label": "settings"}, open=True, elem_id="options")
             with self.settings:
                 self._create_settings()
 
-    def _create_manage_section(self) -> None:
-        self._add(gr.Markdown, {"value": "kept_in_browser"})
+    def _create_manage_section(self, place: str) -> None:
+        self._add(gr.Markdown, {"value": PLACE_TEXTS[place]})
         self.title = self._add(gr.Textbox, {"label": "rename"}, elem_id="rename", submit_btn=False)
         with gr.Row():
             self.export_markdown = self._button("export_markdown", min_width=100)

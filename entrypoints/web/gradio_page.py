@@ -15,22 +15,23 @@ from entrypoints.web.feedback import FeedbackFile
 from entrypoints.web.gradio_html import chat_messages
 from entrypoints.web.gradio_layout import Layout, examples, theme_choices
 from entrypoints.web.gradio_sidebar import EVENT_OPTIONS, SidebarEvents, Updates
+from entrypoints.web.gradio_visitors import VisitorBlocks, VisitorSession, user_link
 from entrypoints.web.i18n import negotiate_language, translate
 from entrypoints.web.message_actions import Action, MessageActions
 from entrypoints.web.request_errors import ErrorMessage
 from entrypoints.web.session import ChatOptions, ChatSession, RunningAnswer, slider_ranges
 from entrypoints.web.transcript import error_text, input_hint, status_line
-from entrypoints.web.user_sign_in import signed_in_user
+from entrypoints.web.visitors import Visitors
 
 UPDATE_INTERVAL_SECONDS = 0.08
 RETRY_INTERVAL_SECONDS = 4
 
 
 def create_app(
-    api: ApiClient, root_path: str = "", feedback: FeedbackFile | None = None, users_file: str = ""
+    api: ApiClient, root_path: str = "", feedback: FeedbackFile | None = None, visitors: Visitors | None = None
 ) -> Starlette:
     """The page as an ASGI application, below `root_path` if there is one."""
-    page = ChatPage(api, feedback, users_file)
+    page = ChatPage(api, feedback, visitors or Visitors())
     app: Starlette = gr.mount_gradio_app(
         Starlette(),
         page.blocks,
@@ -53,14 +54,14 @@ def create_app(
 class ChatPage:
     """The event handlers; the state of a visitor is in `self.session` only."""
 
-    def __init__(self, api: ApiClient, feedback: FeedbackFile | None, users_file: str) -> None:
+    def __init__(self, api: ApiClient, feedback: FeedbackFile | None, visitors: Visitors) -> None:
         self.api = api
-        self.users_file = users_file
+        self.visitors = visitors
         self.actions = MessageActions(api, feedback)
-        with gr.Blocks(title="ChatGLM3", fill_height=True, analytics_enabled=False) as self.blocks:
-            self.session = gr.State(ChatSession(), delete_callback=ChatSession.stop_answers)
+        with VisitorBlocks(title="ChatGLM3", fill_height=True, analytics_enabled=False) as self.blocks:
+            self.session = gr.State(VisitorSession(), delete_callback=ChatSession.stop_answers)
             self.retry = gr.Timer(RETRY_INTERVAL_SECONDS, active=False)
-            self.ui = Layout(bool(feedback))
+            self.ui = Layout(bool(feedback), visitors.place)
             self._connect_chat_events()
             self._connect_settings_events()
 
@@ -115,7 +116,7 @@ class ChatPage:
             **EVENT_OPTIONS,
         )
         started.then(None, ui.language, None, js=assets.APPLY_LANGUAGE, api_visibility="private")
-        started.then(self.change_language, [self.session, ui.language], translated, **EVENT_OPTIONS)
+        started.then(self.translate_labels, ui.language, list(dict.fromkeys([*labelled, ui.theme])), **EVENT_OPTIONS)
         started.then(**load_models)
         gr.on([ui.refresh.click, ui.key.change, self.retry.tick, ui.model.input], **load_models)
         ui.theme.change(None, ui.theme, None, js=assets.APPLY_THEME, api_visibility="private")
@@ -123,13 +124,10 @@ class ChatPage:
 
     def restore(self, stored: str, session: ChatSession, request: gr.Request) -> Updates:
         """What the browser kept, in the language of the browser if it kept none; and the name of the signed-in user."""
-        user = signed_in_user(request.headers, self.users_file)
-        session.user_key = user.api_key if user else ""
+        user = self.visitors.welcome(session, request.headers)
         language = negotiate_language(request.headers.get("accept-language"))
         updates = self.side.restore(stored, session, language)
-        text = translate(updates[self.ui.language], "sign_out")
-        link = f'{html.escape(user.name)} · <a href="sign-out" target="_self">{text}</a>' if user else ""
-        return {**updates, self.ui.user: gr.update(value=link, visible=user is not None)}
+        return {**updates, self.ui.user: user_link(user, updates[self.ui.language])}
 
     async def submit(self, session: ChatSession, language: str, text: str, *options: Any) -> AsyncIterator[Updates]:
         """Answer the input, a question or the result of a tool call; nothing happens while an answer is in progress."""
@@ -247,18 +245,21 @@ class ChatPage:
 
     def change_language(self, session: ChatSession, language: str) -> Updates:
         """All texts in another language."""
+        labels = self.translate_labels(language)
+        shown = {**self._conversation(session, language), **self._banner(session, language)}
+        labels[self.ui.chat]["value"] = shown.pop(self.ui.chat)
+        return {**labels, **shown, self.ui.question: {**labels[self.ui.question], **shown[self.ui.question]}}
+
+    def translate_labels(self, language: str) -> Updates:
+        """The texts that belong to no conversation: at the start a visitor may open one before this has arrived."""
         labels: Updates = {}
         for component, texts in self.ui.labels:
             properties: dict[str, Any] = {name: translate(language, key) for name, key in texts.items()}
             labels[component] = gr.update(**properties)
-        labels[self.ui.chat] = gr.update(
-            placeholder=translate(language, "empty"),
-            examples=examples(language),
-            value=chat_messages(session, language, 0, bool(self.actions.feedback)),
-        )
+        labels[self.ui.chat] = gr.update(placeholder=translate(language, "empty"), examples=examples(language))
+        labels[self.ui.question] = gr.update(label=translate(language, "question_label"))
         labels[self.ui.theme] = gr.update(label=translate(language, "theme"), choices=theme_choices(language))
-        shown = {**self._conversation(session, language), **self._banner(session, language)}
-        return {**shown, **labels, self.ui.question: {**labels[self.ui.question], **shown[self.ui.question]}}
+        return labels
 
     def load_models(
         self, session: ChatSession, language: str, selected: str | None, key: str, max_tokens: int

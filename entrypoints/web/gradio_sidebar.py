@@ -26,6 +26,7 @@ EVENT_OPTIONS: dict[str, Any] = {"api_visibility": "private", "show_progress": "
 
 def list_update(session: ChatSession, search: str) -> dict[str, Any]:
     """The choices of the list of conversations, with the one that is shown selected."""
+    session.kept.synchronize()
     session.kept.put(session.conversation)
     entries = session.kept.entries(search)
     shown = session.conversation.id
@@ -93,7 +94,7 @@ class SidebarEvents:
 
     def open(self, session: ChatSession, language: str, search: str, id_: str) -> Updates:
         """Show another conversation."""
-        session.open(session.kept.conversations.get(id_))
+        session.open(session.kept.get(id_))
         return {**self.draw(session, language), **self.refresh(session, language, search)}
 
     def rename(self, session: ChatSession, language: str, search: str, title: str) -> Updates:
@@ -103,10 +104,8 @@ class SidebarEvents:
         return self.refresh(session, language, search)
 
     def delete(self, session: ChatSession, language: str, search: str) -> Updates:
-        """Delete the conversation that is shown, here and in the browser."""
-        deleted = session.conversation.id
-        session.open()
-        session.kept.remove(deleted)
+        """Delete the conversation that is shown."""
+        session.delete()
         return {**self.draw(session, language), **self.refresh(session, language, search)}
 
     def import_file(self, picked: str, session: ChatSession, language: str, search: str) -> Updates:
@@ -129,7 +128,7 @@ class SidebarEvents:
             self.ui.confirm_row: gr.update(visible=False),
             self.ui.document_row: gr.update(visible=document is not None),
             self.ui.document_name: document.describe(language) if document else "",
-            self.ui.stored: json.dumps(session.kept.changes(session.conversation), ensure_ascii=False),
+            self.ui.stored: session.changes(),
         }
 
     def export(self, session: ChatSession, language: str, kind: str) -> Updates:
@@ -178,7 +177,8 @@ class SidebarEvents:
         """The language, the settings and the conversations of an earlier visit with this browser."""
         ui, found = self.ui, stored_values(stored)
         session.kept.restore(found.get("conversations") or "[]")
-        if current := session.kept.conversations.get(found.get("current") or ""):
+        current = session.kept.conversations.get(found.get("current") or "")
+        if current and not session.conversation.nodes:
             session.conversation = current
         settings = restored_settings(found.get("settings"))
         language = settings.pop("language", language)

@@ -58,7 +58,17 @@ TEXTS = {
     "import_file": ("导入", "Import"),
     "delete_conversation": ("删除对话", "Delete conversation"),
     "confirm_delete_conversation": ("确认删除", "Confirm deletion"),
-    "kept_in_browser": ("对话保存在此浏览器中", "Conversations are stored in this browser"),
+    "kept_browser": ("对话保存在此浏览器中", "Conversations are stored in this browser"),
+    "kept_server": (
+        "对话保存在本页面的服务器上，只有您可以在页面中看到",
+        "Conversations are stored on the server of this page; on the page, only you see them",
+    ),
+    "kept_off": ("不保存对话，关闭页面后即消失", "Conversations are not stored and end with this page"),
+    "not_stored": (
+        "服务器未能保存这次改动，请联系页面的管理员",
+        "The server could not store this change; ask the operator of the page",
+    ),
+    "other_user": ("已有其他用户登录，请重新加载页面", "Another user has signed in; reload this page"),
     "role_user": ("用户", "User"),
     "role_assistant": ("助手", "Assistant"),
     "role_tool": ("工具", "Tool"),

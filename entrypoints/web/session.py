@@ -1,5 +1,6 @@
 """What one visitor does with a conversation: ask, edit, regenerate, continue, stop; and the settings of a request."""
 
+import json
 from dataclasses import dataclass, field
 
 from annotated_types import Ge, Gt, Le
@@ -82,6 +83,7 @@ class ChatSession:
     error: ErrorMessage | None = None
     edited: int | None = None  # id of the message whose text is being edited or corrected
     confirmed: int | None = None  # id of the message whose deletion must be confirmed
+    user: str | None = None  # name of the signed-in user, empty without one; None until the page is loaded
     user_key: str = ""  # API key of the signed-in user
     document: Document | None = None  # part of the next question
     kept: ConversationList = field(default_factory=ConversationList)
@@ -184,6 +186,8 @@ class ChatSession:
                     self._append(side, running)
                     del self.running[side]
                     found = True
+        if found and not self.kept.save(self.conversation):
+            self.error = self.error or ErrorMessage("not_stored")
         return found
 
     def stop_answers(self) -> None:
@@ -197,6 +201,17 @@ class ChatSession:
         self.kept.put(self.conversation)
         self.conversation = conversation or Conversation()
         self.last_answer = self.error = self.edited = self.confirmed = self.document = None
+
+    def delete(self) -> None:
+        """Delete the conversation that is shown, here and where it is kept."""
+        deleted = self.conversation.id
+        self.open()
+        if not self.kept.remove(deleted):
+            self.error = ErrorMessage("not_stored")
+
+    def changes(self) -> str:
+        """What the browser has to write, as JSON; empty while an answer is in progress."""
+        return "" if self.running else json.dumps(self.kept.changes(self.conversation), ensure_ascii=False)
 
     def api_for(self, api: ApiClient, key: str) -> ApiClient:
         """The server with the key that the visitor entered, else that of the signed-in user, else that of the page."""

@@ -69,8 +69,7 @@ def connect_browser(session: ChatSession, language: str) -> None:
     """Send the conversation and the settings to the browser, and a text for the clipboard."""
     state = st.session_state
     session.kept.put(session.conversation)
-    is_settled = state.get("is_restored") and not session.running
-    changes = json.dumps(session.kept.changes(session.conversation), ensure_ascii=False) if is_settled else None
+    changes = session.changes() if state.get("is_restored") else ""
     copied, state.copied = state.copied, None
     if copied is not None:
         state.num_copied = state.get("num_copied", 0) + 1

@@ -16,6 +16,10 @@ STYLE = """<style>
   unicode-bidi: plaintext; text-align: start}
 [data-testid=stSidebar][data-collapsed=true] * {visibility: hidden} /* its fields are no stops of the Tab key */
 .stChatMessage .katex-display {overflow-x: auto; overflow-y: hidden}
+.st-key-conversations {max-height: 30vh; overflow-y: auto; flex-wrap: nowrap}
+.st-key-conversations button {justify-content: start; min-height: 2rem; padding-block: .25rem}
+.st-key-conversations button > *, .st-key-conversations button p {
+  overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: start}
 [data-testid="stMetricValue"] div {line-height: 2rem}
 </style>"""
 

@@ -15,9 +15,10 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from entrypoints.settings import Settings
 from entrypoints.web.client import ApiClient
+from entrypoints.web.conversation_database import ConversationDatabase
 from entrypoints.web.documents import read_document
 from entrypoints.web.feedback import FeedbackFile
-from entrypoints.web.i18n import translate
+from entrypoints.web.i18n import negotiate_language, translate
 from entrypoints.web.message_actions import MessageActions
 from entrypoints.web.request_errors import ErrorMessage
 from entrypoints.web.session import ChatOptions, ChatSession, RunningAnswer
@@ -26,7 +27,7 @@ from entrypoints.web.streamlit_layout import render_header
 from entrypoints.web.streamlit_messages import MessageWidgets
 from entrypoints.web.streamlit_sidebar import draw_sidebar, load_models
 from entrypoints.web.transcript import error_text, input_hint, status_line, waiting_text
-from entrypoints.web.user_sign_in import signed_in_user
+from entrypoints.web.visitors import Visitors, is_of_another_user
 
 UPDATE_INTERVAL_SECONDS = 0.08
 RETRY_INTERVAL_SECONDS = 4
@@ -43,9 +44,11 @@ def main() -> None:
     state = st.session_state
     if "chat" not in state:
         state.chat, state.models, state.copied = ChatSession(), [], None
-        user = signed_in_user(st.context.headers, settings.page_users_file)
-        state.chat.user_key = user.api_key if user else ""
+        _visitors(settings).welcome(state.chat, st.context.headers)
         load_models(api)
+    if is_of_another_user(state.chat, st.context.headers):
+        st.error(translate(negotiate_language(st.context.locale), "other_user"))
+        st.stop()
     restore(state.chat)
     language = render_header("title", "centered")
     actions = MessageActions(api, feedback)
@@ -59,6 +62,12 @@ def main() -> None:
     connect_browser(state.chat, language)
     if running:
         _finish(state.chat, api, running)
+
+
+def _visitors(settings: Settings) -> Visitors:
+    place, folder = settings.conversations, Path(settings.page_state_dir)
+    database = ConversationDatabase(folder) if place == "server" and settings.page_state_dir else None
+    return Visitors(settings.page_users_file, place, database)
 
 
 def current_options() -> ChatOptions:
@@ -97,7 +106,7 @@ def _stream_answers(widgets: MessageWidgets, boxes: list[Any]) -> None:
                 widgets.update(side, box)
     finally:
         if context is None or not get_instance().is_active_session(context.session_id):
-            session.stop_answers()
+            session.finish_answers()
 
 
 def _finish(session: ChatSession, api: ApiClient, running: dict[int, RunningAnswer]) -> None:

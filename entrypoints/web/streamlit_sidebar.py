@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from entrypoints.web.browser_storage import export_conversation
+from entrypoints.web.browser_storage import PLACE_TEXTS, export_conversation
 from entrypoints.web.client import ApiClient, ModelInfo
 from entrypoints.web.conversation import title_of
 from entrypoints.web.i18n import translate
@@ -34,29 +34,33 @@ def load_models(api: ApiClient) -> None:
 
 
 def _conversations(session: ChatSession, language: str) -> None:
+    session.kept.synchronize()
     session.kept.put(session.conversation)
     label = translate(language, "search")
     search = st.text_input(label, key="search", placeholder=label, label_visibility="collapsed")
-    titles = {id_: plain_markdown(title) for title, id_ in session.kept.entries(search)}
-    if titles:
-        shown = session.conversation.id
-        st.session_state.conversations = shown if shown in titles else None
-        st.radio(
-            translate(language, "conversations"), list(titles), format_func=titles.__getitem__, key="conversations",
-            on_change=_open,
-        )  # fmt: skip
+    entries = session.kept.entries(search)
+    if entries:
+        st.caption(translate(language, "conversations"))
+    # no radio: Streamlit knows its options by their texts, and two conversations may have the same title
+    with st.container(key="conversations", gap=None):
+        for title, id_ in entries:
+            text = plain_markdown(title)
+            st.button(
+                f"**{text}**" if id_ == session.conversation.id else text, key=f"open-{id_}", type="tertiary",
+                width="stretch", on_click=_open, args=(id_,),
+            )  # fmt: skip
     with st.expander(translate(language, "manage")):
         _manage(session, language)
 
 
-def _open() -> None:
+def _open(id_: str) -> None:
     session: ChatSession = st.session_state.chat
-    session.open(session.kept.conversations.get(st.session_state.conversations))
+    session.open(session.kept.get(id_))
 
 
 def _manage(session: ChatSession, language: str) -> None:
     state = st.session_state
-    st.caption(translate(language, "kept_in_browser"))
+    st.caption(translate(language, PLACE_TEXTS[session.kept.place]))
     state.rename = session.conversation.title
     st.text_input(translate(language, "rename"), key="rename", on_change=_rename)
     for kind in ("export_markdown", "export_json", "export", "export_all"):
@@ -101,10 +105,7 @@ def _confirm(is_asked: bool) -> None:
 
 
 def _delete() -> None:
-    session: ChatSession = st.session_state.chat
-    deleted = session.conversation.id
-    session.open()
-    session.kept.remove(deleted)
+    st.session_state.chat.delete()
     _confirm(False)
 
 
@@ -134,8 +135,8 @@ def _system_prompt(language: str) -> None:
     prompts: list[str] = st.session_state.setdefault("prompts", [])
     if prompts:
         st.selectbox(
-            translate(language, "saved_prompts"), prompts, format_func=title_of, key="saved_prompt", index=None,
-            on_change=_use_prompt,
+            translate(language, "saved_prompts"), prompts, key="saved_prompt", index=None, on_change=_use_prompt,
+            format_func=lambda prompt: f"{prompts.index(prompt) + 1}. {title_of(prompt)}",  # no text twice, as above
         )  # fmt: skip
     st.text_area(translate(language, "system"), key="system", placeholder=translate(language, "system_hint"), height=80)
     with st.container(horizontal=True):

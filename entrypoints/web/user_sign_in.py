@@ -21,7 +21,8 @@ from entrypoints.web.sign_in import GuessLimit, TooManyGuesses, cookie_name, pee
 from entrypoints.web.users import PageUser, UserFile
 
 logger = logging.getLogger(__name__)
-USER_HEADER = "x-page-user"  # the signed-in user, percent-encoded; set by the page itself, removed from requests
+USER_HEADER = "x-page-user"  # PROOF:NAME of the signed-in user, percent-encoded; set by the page itself
+PROOF = secrets.token_urlsafe(16)  # `streamlit run` does not remove the header that a client sent
 IDLE_SECONDS = 12 * 3600.0  # a session that is not used for so long has ended
 MAX_SESSION_SECONDS = 7 * 24 * 3600.0
 MAX_SESSIONS = 10_000  # further ones end the oldest
@@ -180,19 +181,25 @@ def with_user(scope: Scope, user: PageUser | None) -> Scope:
     """The request as the page gets it: with the name of the signed-in user, and without one that a client sent."""
     headers = [(name, value) for name, value in scope["headers"] if name.lower() != USER_HEADER.encode()]
     if user:
-        headers.append((USER_HEADER.encode(), quote(user.name, safe="").encode()))
+        headers.append((USER_HEADER.encode(), f"{PROOF}:{quote(user.name, safe='')}".encode()))
     return {**scope, "headers": headers}
 
 
 def user_name(headers: Mapping[str, str]) -> str:
     """The signed-in user of a request that the page gets; empty if the page has no users."""
-    return unquote(headers.get(USER_HEADER, ""))
+    proof, _, name = headers.get(USER_HEADER, "").partition(":")
+    return unquote(name) if secrets.compare_digest(proof.encode(), PROOF.encode()) else ""
 
 
 def signed_in_user(headers: Mapping[str, str], users_file: str) -> PageUser | None:
     """The user with the API key that the page uses for them; None if the page has no users. users_file: of Settings."""
     name = user_name(headers)
-    return _user_file(users_file).find(name) if name and users_file else None
+    return find_user(users_file, name) if name and users_file else None
+
+
+def find_user(users_file: str, name: str) -> PageUser | None:
+    """The user of this name as the file has it now."""
+    return _user_file(users_file).find(name)
 
 
 @functools.lru_cache(4)

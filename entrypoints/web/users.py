@@ -99,16 +99,33 @@ def put_user(file: Path, user: PageUser) -> None:
 
     Raises UserError: the file is malformed or cannot be written.
     """
-    lines = []
-    if file.exists():
-        read_users(file)
-        lines = file.read_text(encoding="utf-8-sig").splitlines(keepends=True)
-    kept = [line if line.endswith("\n") else f"{line}\n" for line in lines if line.split()[:1] != [user.name]]
+    _write(file, [*(_other_lines(file, user.name) if file.exists() else []), user.line()])
+
+
+def remove_user(file: Path, name: str) -> bool:
+    """Remove the entry of this name; False if there is none.
+
+    Raises UserError: the file cannot be read, is malformed, or cannot be written.
+    """
+    if all(user.name != name for user in read_users(file)):
+        return False
+    _write(file, _other_lines(file, name))
+    return True
+
+
+def _other_lines(file: Path, name: str) -> list[str]:
+    """The lines of the file without the entry of this name. Raises UserError: the file is malformed."""
+    read_users(file)
+    lines = file.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    return [line if line.endswith("\n") else f"{line}\n" for line in lines if normalized(line).split()[:1] != [name]]
+
+
+def _write(file: Path, lines: list[str]) -> None:
     partial = file.with_name(f".{file.name}.partial")
     try:
         partial.unlink(missing_ok=True)
         with open(partial, "x", encoding="utf-8", opener=open_private) as stream:
-            stream.write("".join([*kept, user.line()]))
+            stream.write("".join(lines))
         if file.exists():
             partial.chmod(file.stat().st_mode & 0o777)
         partial.replace(file)

@@ -124,7 +124,8 @@ def test_only_the_service_that_prepares_models_can_write_them(services):
         "model-init-plain": {"/models"},
         **{name: {"/outputs"} for name in ("train", "train-0", "train-1", "train-node", "evaluate")},
         **{name: {"/usage"} for name in ("api", "api-gpu", "api-gpu-int4", "embeddings")},
-        "backup": {"/outputs", "/usage"},
+        **{name: {"/pages"} for name in ("web", "web-streamlit")},
+        "backup": {"/outputs", "/usage", "/pages"},
         "prometheus": {"/prometheus"},
         "grafana": {"/var/lib/grafana"},
     }
@@ -155,6 +156,20 @@ def test_metrics_need_a_key_where_requests_do_and_prometheus_sends_it(services):
     assert [each["authorization"] for each in scrapes] == [{"credentials_file": "/run/secrets/api-key"}] * 2
     assert [entry["target"] for entry in services["prometheus"]["secrets"]] == ["/run/secrets/api-key"]
     assert services["prometheus"]["user"].endswith(":0"), "the group for which documented secrets are readable"
+
+
+def test_the_chat_pages_keep_conversations_and_ratings_where_the_operator_decides():
+    given = {"CONVERSATIONS": "server", "FEEDBACK_DIR": "/pages/feedback", "PAGE_USERS_FILE": "/srv/users.txt"}
+    for change, expected in (
+        ({}, ("browser", "", "")),
+        (given, ("server", "/pages/feedback", "/run/secrets/page-users")),
+    ):
+        found = Project("glm-test", ("cpu",), **change).config()["services"]
+        for name in ("web", "web-streamlit"):
+            environment = found[name]["environment"]
+            names = ("CONVERSATIONS", "FEEDBACK_DIR", "PAGE_USERS_FILE")
+            assert tuple(environment[each] for each in names) == expected
+            assert [mount["target"] for mount in found[name]["volumes"]] == [environment["PAGE_STATE_DIR"]]
 
 
 def test_every_variable_is_a_known_setting(services):

@@ -11,7 +11,7 @@ from manifests import OVERLAYS, arguments, containers, environment, objects, one
 from entrypoints.__main__ import parse_arguments
 
 # created by the user with the commands in k8s/README.md
-CREATED_BY_USER = {("Secret", "api-keys"), ("Secret", "pages"), ("Secret", "hub"), ("Secret", "tls")}
+CREATED_BY_USER = {("Secret", name) for name in ("api-keys", "pages", "page-users", "hub", "tls")}
 SECRETS_AND_CLAIMS = CREATED_BY_USER | {("PersistentVolumeClaim", "mirror")}
 BROKEN = {
     "duplicate variable LOG_FORMAT": lambda api: api["env"].append({"name": "LOG_FORMAT", "value": "text"}),
@@ -116,7 +116,7 @@ def test_settings_change_no_immutable_field():
         {name: "30000" if name.startswith("GPU") else f"{value}-other" for name, value in SETTINGS.items()}
     )
     assert immutable_fields(SETTINGS) == other
-    assert len(other) == 10
+    assert len(other) == 11
 
 
 def test_every_command_parses(templates):

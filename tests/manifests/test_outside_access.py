@@ -51,3 +51,21 @@ def test_each_pod_records_its_usage_in_a_folder_of_its_own_on_a_claim_that_stays
         (volume,) = (each for each in pod["volumes"] if each["name"] == mount["name"])
         claim = volume["persistentVolumeClaim"]["claimName"]
         assert one(manifests, "PersistentVolumeClaim", claim)["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_users_sign_in_and_their_conversations_and_ratings_are_on_a_claim_that_stays(used):
+    manifests = used("page-conversations")
+    for name in ("web", "web-streamlit"):
+        pod = pod_template(one(manifests, "Deployment", name))["spec"]
+        (main,) = pod["containers"]
+        variables = {each["name"]: each.get("value") for each in main["env"]}
+        mounts = {each["mountPath"]: each for each in main["volumeMounts"]}
+        volumes = {each["name"]: each for each in pod["volumes"]}
+        assert len(volumes) == len(pod["volumes"])
+        assert variables["CONVERSATIONS"] == "server"
+        for folder in (variables["PAGE_STATE_DIR"], variables["FEEDBACK_DIR"].rpartition("/")[0]):
+            assert not mounts[folder].get("readOnly")
+            claim = volumes[mounts[folder]["name"]]["persistentVolumeClaim"]["claimName"]
+            assert one(manifests, "PersistentVolumeClaim", claim)["spec"]["accessModes"] == ["ReadWriteMany"]
+        users, _, key = variables["PAGE_USERS_FILE"].rpartition("/")
+        assert (volumes[mounts[users]["name"]]["secret"], key) == ({"secretName": "page-users"}, "users")

@@ -123,7 +123,7 @@ def test_secrets_are_only_referenced(every):
     found |= {
         entry["secretName"] for manifest in every if manifest["kind"] == "Ingress" for entry in manifest["spec"]["tls"]
     }
-    assert found == {"api-keys", "pages", "hub", "tls"}
+    assert found == {"api-keys", "pages", "page-users", "hub", "tls"}
     for readme in ("README.md", "README.zh-CN.md"):
         text = (REPOSITORY / "k8s" / readme).read_text(encoding="utf-8")
         assert all(re.search(rf"create secret (generic|tls) {name}\b", text) for name in found), readme

@@ -53,7 +53,7 @@ def test_an_overlay_only_selects(overlay):
 def test_each_component_is_in_an_overlay_or_in_an_example():
     in_overlays = set().union(*(components_of(overlay) for overlay in NAMES))
     in_examples = {name for _, components in USES.values() for name in components}
-    assert len(COMPONENTS) == 55
+    assert len(COMPONENTS) == 58
     assert in_overlays | in_examples | set(PARTS) == set(COMPONENTS)
 
 

@@ -188,7 +188,8 @@ class ChatDriver(ABC):
         """The titles of the list of conversations."""
 
     @abstractmethod
-    def choose_conversation(self, title: str) -> None: ...
+    def choose_conversation(self, title: str, number: int = 0) -> None:
+        """Open the conversation with this title; of several the one with this number, the newest being 0."""
 
     @abstractmethod
     def import_file(self, file: Path) -> None: ...
@@ -247,8 +248,8 @@ class GradioDriver(ChatDriver):
     def listed(self) -> list[str]:
         return self.page.locator("#conversations label span").all_inner_texts()
 
-    def choose_conversation(self, title: str) -> None:
-        self.page.locator("#conversations label", has_text=title).click()
+    def choose_conversation(self, title: str, number: int = 0) -> None:
+        self.page.locator("#conversations label", has_text=title).nth(number).click()
 
     def import_file(self, file: Path) -> None:
         self._choose(self.button("import_file"), file)
@@ -331,10 +332,10 @@ class StreamlitDriver(ChatDriver):
             self.page.get_by_text(re.compile("^(管理对话|Manage conversations)$")).click()
 
     def listed(self) -> list[str]:
-        return self.page.locator(".st-key-conversations [role=radiogroup] label").all_inner_texts()
+        return self.page.locator(".st-key-conversations button").all_inner_texts()
 
-    def choose_conversation(self, title: str) -> None:
-        self.page.locator(".st-key-conversations label", has_text=title).last.click()
+    def choose_conversation(self, title: str, number: int = 0) -> None:
+        self.page.locator(".st-key-conversations button", has_text=title).nth(number).click()
 
     def import_file(self, file: Path) -> None:
         self.page.locator(".st-key-import_file input[type=file]").set_input_files(file)

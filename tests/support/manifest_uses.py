@@ -26,7 +26,7 @@ SETTINGS = {
     "MONITORING_NAMESPACE": "monitoring",
     "PROMETHEUS_URL": "http://prometheus.monitoring:9090",
 }
-STORAGE = ["namespace", "models", "outputs", "usage"]  # applied before each of them
+STORAGE = ["namespace", "models", "outputs", "usage", "pages"]  # applied before each of them
 SERVING = ["model-store", "serve"]
 TRAINING = ["model-store", "train"]
 RUN = ["settings-model", "settings-training"]
@@ -67,6 +67,12 @@ USES = {
     "storage-class": ([], ["storage-class"]),
     "embeddings": (SERVING, ["quantize", "embeddings", "settings-model", "clients"]),
     "usage": (SERVING, ["vllm", "embeddings", "usage", "settings-model", "gpu/memory"]),
+    "page-users": (["web-training"], ["settings-training", "page-users"]),
+    "page-conversations": (
+        [*SERVING, "web", "web-streamlit"],
+        ["quantize", "settings-model", "page-users", "page-conversations", "page-feedback"],
+    ),
+    "page-feedback": ([*SERVING, "web"], ["quantize", "settings-model", "page-feedback"]),
     "ingress-embeddings": ([*SERVING, "web"], ["quantize", "ingress", "embeddings", "settings-model"]),
     "gateway-embeddings": ([*SERVING, "web"], ["quantize", "gateway", "embeddings", "settings-model"]),
     "ingress-no-keys": ([*SERVING, "web", "web-streamlit"], ["quantize", "no-keys", "ingress", "settings-model"]),

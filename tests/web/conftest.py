@@ -165,6 +165,12 @@ def training_run(toy_native: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
+def training_address(training_run: Path, serve_page: Callable[..., Served]) -> str:
+    """The training page for the run."""
+    return serve_page("training", "--output-dir", training_run).address
+
+
+@pytest.fixture(scope="session")
 def screenshots() -> Path:
     """Folder of screenshots, emptied at the start."""
     shutil.rmtree(SCREENSHOTS, ignore_errors=True)

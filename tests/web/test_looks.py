@@ -144,15 +144,10 @@ def test_the_layout_of_a_tool_call_and_a_banner_is_correct(size, ui, visit, scre
     take_screenshot(page, screenshots / f"{ui}-{size}-banner.png")
 
 
-@pytest.fixture(scope="module")
-def training_page(training_run: Path, serve_page: Callable) -> str:
-    return serve_page("training", "--output-dir", training_run).address
-
-
 @pytest.mark.parametrize("size", SIZES)
-def test_the_layout_of_the_training_page_is_correct(size, training_run, training_page, new_page, screenshots):
+def test_the_layout_of_the_training_page_is_correct(size, training_run, training_address, new_page, screenshots):
     page = new_page(*SIZES[size])
-    page.goto(training_page)
+    page.goto(training_address)
     expect(page.locator('[data-testid="stDataFrame"]').first).to_be_visible()
     expect(page.locator('[data-testid="stVegaLiteChart"] .marks')).to_have_count(5)
     check_layout(page)

@@ -44,7 +44,7 @@ def test_an_answer_has_versions_and_a_draft_survives(chat, scripted_api):
     chat.expect_texts("count 3", "012", "say 二", "二")
 
 
-def test_a_branch_is_another_conversation(chat, scripted_api):
+def test_a_branch_is_another_conversation_of_the_same_title(chat, scripted_api):
     chat.ask("say 一")
     chat.ask("say 二")
     chat.act("branch", 0)
@@ -52,6 +52,10 @@ def test_a_branch_is_another_conversation(chat, scripted_api):
     chat.ask("say 三")
     wait_until(lambda: last_texts(scripted_api) == ["say 一", "一", "say 三"])
     chat.wait_for(lambda: chat.listed()[:2] == ["say 一", "say 一"])
+    chat.choose_conversation("say 一", 1)
+    chat.expect_texts("say 一", "一", "say 二", "二")
+    chat.ask("say 四")
+    wait_until(lambda: last_texts(scripted_api) == ["say 一", "一", "say 二", "二", "say 四"])
 
 
 def test_deleting_a_message_asks_first(chat, scripted_api):

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from entrypoints.api.auth import KeyRing
+from entrypoints.web.conversation_database import ConversationDatabase
 from entrypoints.web.users import read_users, verify_password
 
 
@@ -43,6 +44,27 @@ def test_a_user_can_have_an_api_key_of_the_same_name(enter, tmp_path):
     assert KeyRing(keys).find(f"Bearer {key}").name == "anna"
     enter(users, "anna", "--replace")
     assert read_users(users)[0].api_key == key
+
+
+@pytest.mark.parametrize("folder", ["", "state"], ids=["beside-the-users-file", "in-the-state-dir"])
+def test_a_deleted_user_and_the_conversations_of_the_user_are_gone(folder, enter, tmp_path):
+    users, flags = tmp_path / "users.txt", ["--state-dir", tmp_path / folder] if folder else []
+    for name in ("anna", "ben"):
+        enter(users, name)
+    database = ConversationDatabase(tmp_path / folder)
+    for name, id_ in (("anna", "1"), ("anna", "2"), ("ben", "1")):
+        database.write(name, id_, "{}", None)
+    deleted = enter(users, "anna", "--delete", *flags)
+    assert deleted.err.endswith("user anna deleted, with 2 stored conversations\n")
+    assert [user.name for user in read_users(users)] == ["ben"]
+    assert [len(database.versions(name)) for name in ("anna", "ben")] == [0, 1]
+    assert f"{users} has no user anna" in enter(users, "anna", "--delete", *flags, code=1).err
+
+
+def test_conversations_of_a_user_whose_line_was_removed_by_hand_are_deleted_too(enter, tmp_path):
+    enter(tmp_path / "users.txt", "ben")
+    ConversationDatabase(tmp_path).write("anna", "1", "{}", None)
+    assert "with 1 stored conversations" in enter(tmp_path / "users.txt", "anna", "--delete").err
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_behind_a_proxy_with_a_path_the_routes_are_below_it(tmp_path):
 
 
 def test_the_page_gets_the_api_key_of_the_user(page):
-    headers = {"x-page-user": "anna"}
+    headers = {user_sign_in.USER_HEADER: f"{user_sign_in.PROOF}:anna"}
     assert signed_in_user(headers, f"{page.file}").api_key == "glm-annas-key"
     assert signed_in_user({}, f"{page.file}") is None
     assert signed_in_user(headers, "") is None
