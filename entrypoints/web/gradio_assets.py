@@ -12,6 +12,7 @@ LATEX_DELIMITERS = [
 # Darker than the theme's own: text needs a contrast of 4.5 to its background.
 CONTRAST = {
     "body_text_color_subdued": "*neutral_500",
+    "body_text_color_subdued_dark": "*neutral_300",
     "block_title_text_color": "*primary_700",
     "button_primary_background_fill": "*primary_600",
     "button_primary_background_fill_hover": "*primary_700",

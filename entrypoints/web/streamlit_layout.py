@@ -20,6 +20,11 @@ STYLE = """<style>
 .st-key-conversations button {justify-content: start; min-height: 2rem; padding-block: .25rem}
 .st-key-conversations button > *, .st-key-conversations button p {
   overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: start}
+/* a contrast of 4.5 to the background */
+.stApp [data-testid=stCaptionContainer], .stApp [data-testid=stCaptionContainer] p {
+  opacity: 1; color: light-dark(#5f6368, #b0b3b8)}
+.stApp code .keyword {color: light-dark(#0b5cad, #83c9ff) !important}
+.stApp [data-testid=stBaseButton-primary] p {color: light-dark(#fff, #111827)}
 [data-testid="stMetricValue"] div {line-height: 2rem}
 </style>"""
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 
-import pytest
 from chat_drivers import DRIVERS, ChatDriver
 from playwright.sync_api import expect
 
@@ -139,11 +138,3 @@ def test_text_from_right_to_left_is_aligned_right(chat):
         text = element.get_by_text("مرحبا").last
         style = text.evaluate("e => [getComputedStyle(e).unicodeBidi, getComputedStyle(e).textAlign]")
         assert style == ["plaintext", "start"]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_follows_the_color_scheme_of_the_browser(scheme, visit):
-    chat = visit(color_scheme=scheme)
-    script = "getComputedStyle(document.querySelector('.stApp, body')).backgroundColor"
-    red = int(re.findall(r"\d+", chat.page.evaluate(script))[0])
-    assert red < 60 if scheme == "dark" else red > 200

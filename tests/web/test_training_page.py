@@ -234,16 +234,6 @@ def test_charts_fill_the_width_of_the_page(width, per_row, several_address, new_
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_follows_the_color_scheme_of_the_browser(scheme, several_address, new_page):
-    page = new_page(color_scheme=scheme)
-    page.goto(several_address)
-    expect(page.locator('[data-testid="stMetric"]').first).to_be_visible()
-    color = page.locator('[data-testid="stApp"]').evaluate("e => getComputedStyle(e).backgroundColor")
-    brightness = sum(map(int, re.findall(r"\d+", color)[:3])) / 3
-    assert brightness < 60 if scheme == "dark" else brightness > 220
-
-
 def test_a_wrong_type_in_a_file_is_named_and_the_page_stays(several, several_address, new_page):
     (several / "ads" / "running" / "trainer_state.json").write_text('{"global_step": [1], "max_steps": "many"}')
     page = new_page(locale="en-US")
