@@ -83,9 +83,8 @@ def _load_base(
         **quantization,
     )
     for module in model.modules():
-        if hasattr(
-            module, "support_avx512bf16_for_cpu"
-        ):  # repacked in an evaluation, 4 bits have no gradient afterwards
+        # bitsandbytes repacks 4-bit weights in an evaluation; they have no gradient afterwards
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     change_class(model, GlmForFineTuning)
     model.replace_output_layer()
