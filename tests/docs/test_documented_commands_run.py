@@ -31,6 +31,7 @@ NOT_RUN = {
     r"…|SRC DST": "a placeholder",
     r"^docker compose exec ": "inside a container of the stack; the same command runs here outside",
     r"^kubectl ": "inside a pod of a cluster; the same command runs here outside",
+    r" && (docker|kubectl) ": "a stack or a cluster; what is in front of it is documented and run alone",
     r"^glm export output/adgen-zero3": "needs a DeepSpeed checkpoint: tests/train exports one",
 }
 COMMANDS = sorted({line for _, line in documentation.ALL_COMMANDS if re.search(r"(^|\s)glm ", line)})
@@ -122,6 +123,8 @@ def make_room(line: str, workspace: Path, runs: dict[str, Path], request: pytest
         target.unlink()
     if words[1:3] == ["data", "split"]:
         shutil.rmtree(workspace / "data/adgen")
+    if words[-1] == "--delete":
+        assert main(["user", words[2], words[3]]) == 0
     if words[1] == "prepare":
         (workspace / "output/mine").unlink()
         (workspace / "output/mine").symlink_to(runs["full"])
@@ -135,9 +138,9 @@ def make_room(line: str, workspace: Path, runs: dict[str, Path], request: pytest
 
 @pytest.mark.parametrize("line", RUN)
 def test_a_documented_command_runs_as_written(line, workspace, runs, request, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("你好，请介绍一下自己\n"))  # a question, or a password
     if len(shlex.split(line)) > 3:
         make_room(line, workspace, runs, request)
-    monkeypatch.setattr("sys.stdin", io.StringIO("你好，请介绍一下自己\n"))  # a question, or a password
     words = shlex.split(line)[1:]
     assert main([*words, *(["--max-steps", "1"] if words[0] == "train" else [])]) == 0
 

@@ -1,7 +1,8 @@
 """The real API with a scripted engine, as a process that a test can kill; every prompt is recorded in a file.
 
 python recording_server.py MODEL PORT RECORD KEYS: tokenizer folder, output file with one JSON line per answer, keys.
-In addition to the scripts, a tool result is quoted, and a few questions of the screenshots have fixed answers.
+In addition to the scripts, a tool result is quoted, unless there is a script of steps, and a few questions of the
+screenshots have fixed answers.
 """
 
 import json
@@ -41,7 +42,8 @@ class RecordingEngine(ScriptedEngine):
     def generate(self, prompt, sampling, adapter=None, cancelled=None) -> Generator:
         said, turns = 0, self.turns(prompt)
         role, text = turns[-1]
-        answer = f"工具说：{text}" if role == "observation" else CANNED.get(text)
+        scripted = any(role == "user" and text.startswith("steps ") for role, text in turns)
+        answer = f"工具说：{text}" if role == "observation" and not scripted else CANNED.get(text)
         acted = self.tokenizer.encode(answer if answer.startswith("raw ") else f"say {answer}") if answer else prompt
         try:
             for token in super().generate(acted, sampling, adapter, cancelled):

@@ -117,11 +117,13 @@ assert not own, own
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_every_line_of_a_real_command_is_json_in_json_mode(toy_original, tmp_path):
+def test_every_line_of_a_real_command_is_json_in_json_mode(tmp_path):
     """There is no progress bar in JSON mode: it would break the lines of a log file."""
     env = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {"LOG_FORMAT": "json"}
-    words = [sys.executable, "-m", "entrypoints", "convert", toy_original, tmp_path / "native"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"content": "你好", "summary": "你好！"}\n', encoding="utf-8")
+    words = [sys.executable, "-m", "entrypoints", "data", "check", rows]
     done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, env=env, check=True)
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert lines
-    assert done.stdout == f"{tmp_path / 'native'}\n"
+    assert done.stdout.startswith(f"{rows}: 1 rows")

@@ -95,8 +95,8 @@ def test_settings_language_and_saved_prompts_are_remembered(visit, ui):
     expect(chat.button("remove_prompt")).to_be_visible()
     chat.switch_language("English")
     expect(chat.button("clear")).to_have_text("New chat")
-    chat.wait_for(lambda: "你是诗人" in str(chat.page.evaluate("JSON.stringify(localStorage)")))
-    chat.wait_for(lambda: '\\\\"en\\\\"' in str(chat.page.evaluate("JSON.stringify(JSON.stringify(localStorage))")))
+    for text in ("你是诗人", r"\"en\""):
+        chat.wait_for(lambda text=text: text in str(chat.page.evaluate("JSON.stringify(localStorage)")))
     chat.page.reload()
     chat.open()
     expect(chat.button("clear")).to_have_text("New chat")

@@ -157,7 +157,7 @@ def test_the_layout_of_the_training_page_is_correct(size, training_run, training
 
 
 def test_names_in_the_report_of_a_run_are_not_broken_beside_a_long_value(new_page, tmp_path):
-    (tmp_path / "trainer_state.json").write_text('{"log_history": []}')
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [], "global_step": 0, "max_steps": 0}')
     answer = report.Answer("问" * 50, "前" * 500, "")
     scores = {"n": 1, "n_empty_predictions": 0, "definition": "percent " * 50}
     report.write_reports(TrainArguments(Path("base"), Path("rows"), tmp_path), [answer], [scores, scores])

@@ -1,11 +1,13 @@
 """Users sign in to a page with their names, in a real browser, and their conversations are on the server."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from chat_drivers import DRIVERS, ChatDriver
 from playwright.sync_api import Page, expect
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 from processes import PAGE_KEY
 
 from entrypoints.web.users import PageUser, hash_password, put_user
@@ -73,9 +75,11 @@ def test_conversations_on_the_server_follow_their_user_and_nobody_else_sees_them
     assert other.listed() == []
     refused = page.get_by_text("Another user has signed in; reload this page")
 
-    def is_refused() -> int:  # Streamlit first connects again, with the cookie of the other user
+    def is_refused() -> bool:  # Streamlit first connects again, with the cookie of the other user
         page.evaluate("document.querySelector('.st-key-clear button, button#clear')?.click()")
-        return refused.count()
+        with contextlib.suppress(PlaywrightTimeoutError):
+            refused.wait_for(timeout=3000)
+        return refused.is_visible()
 
     chat.wait_for(is_refused)
     elsewhere.page.reload()

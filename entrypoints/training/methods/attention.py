@@ -76,7 +76,7 @@ def _variable_length(
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Output (B, heads, T, D).
+    """Output (B, heads, T, D). A single query is the newest token of a generated answer: it attends to all keys.
 
     Without a flash kernel, keys and values are repeated: torch's memory-efficient kernel, which older cards and float32
     use, has no grouped heads, and the one that remains holds the scores of every head, T by T.
@@ -86,7 +86,7 @@ def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
         repeats = query.shape[1] // key.shape[1]
         key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
     return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+        query, key, value, is_causal=query.shape[2] > 1, scale=scale, enable_gqa=grouped
     )
 
 

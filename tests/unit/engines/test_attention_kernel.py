@@ -13,6 +13,7 @@ from entrypoints.engines.transformers.engine import TransformersEngine
 from entrypoints.quantization.layerwise_forward import LayerwiseModel
 from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.methods import trainable_model
+from entrypoints.training.methods.attention import TRAINING_ATTENTION
 
 KERNEL = "evil/attention-kernel"
 
@@ -27,7 +28,7 @@ def folder(request, toy_native, tmp_path, monkeypatch):
     check = PreTrainedModel._check_and_adjust_attn_implementation
 
     def checked(self, attn_implementation, *args, **kwargs):
-        assert attn_implementation == "sdpa"
+        assert attn_implementation in ("sdpa", TRAINING_ATTENTION)
         return check(self, attn_implementation, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", checked)
@@ -39,10 +40,10 @@ def test_the_engine_uses_the_attention_of_pytorch(folder, toy_engine):
     assert engine.model.config._attn_implementation == "sdpa"
 
 
-def test_training_uses_the_attention_of_pytorch(folder, tmp_path):
+def test_training_uses_its_own_attention(folder, tmp_path):
     arguments = TrainArguments(folder, tmp_path / "rows", tmp_path / "out", method="freeze")
     model = trainable_model.load(arguments, open_native(folder).model_config, torch.float32)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == TRAINING_ATTENTION
 
 
 def test_the_layerwise_forward_pass_uses_the_attention_of_pytorch(folder):

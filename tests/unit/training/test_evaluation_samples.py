@@ -28,7 +28,7 @@ def test_the_answers_of_the_last_step_are_those_of_the_finished_model(method, tu
     rows = [json.loads(line) for line in sample_file.read_text(encoding="utf-8").splitlines()[:2]]
     assert [sample["prompt"] for sample in found[-2:]] == [row["content"] for row in rows]
     assert rows[0]["summary"].startswith(found[0]["reference"][:10])
-    engine = TransformersEngine.load(toy_native, EngineOptions(adapter=folder, device="cpu"))
+    engine = TransformersEngine.load(toy_native, EngineOptions(adapter=folder, device="cpu", dtype="float32"))
     for sample in found[-2:]:
         prompt = engine.prompt_format.encode([Message("user", sample["prompt"])], engine.tokenizer)
         ids = list(engine.generate(prompt, Sampling(max_new_tokens=24, temperature=0)))
