@@ -74,6 +74,7 @@ class ServerState:
         """Load the models in the background; `on_failure` is called after `load_error` is set."""
 
         def work() -> None:
+            """Load the models, or keep the error for the main thread."""
             try:
                 models = load()
                 # otherwise each full collection visits 400,000 objects of the libraries, and stops the server for 0.2 s

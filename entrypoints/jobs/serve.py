@@ -41,32 +41,19 @@ BOUNDS = {
     "port": (0, 65535),  # the socket module would silently truncate a larger port
 }
 
-CHAT_MODEL_FLAGS: dict[str, object] = {  # what only a chat model uses -> its default
-    "adapter": [],
-    "device": None,
-    "dtype": "auto",
-    "engine": "auto",
-    "load_in": None,
-    "prefix_cache": None,
-    "served_model_name": None,
-    "slots": None,
-    "speculative": None,
-    "tensor_parallel_size": None,
-    "data_parallel_size": None,
-    "gpu_memory_utilization": None,
-    "enforce_eager": False,
-    "verify": False,
-    "warm": None,
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `glm serve`."""
+    _add_chat_model_flags(parser)
+    _add_embeddings_flags(parser.add_argument_group("embeddings"))
+    _add_service_flags(parser.add_argument_group("service"))
+
+
+def _add_chat_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that have no effect if only embeddings are served."""
     _add_engine_flags(parser.add_argument_group("model"))
     flags.add_vllm_flags(parser.add_argument_group("vLLM"))
     flags.add_prefix_flags(parser.add_argument_group("prompts that are not computed again (GGUF files)"))
-    _add_embeddings_flags(parser.add_argument_group("embeddings"))
-    _add_service_flags(parser.add_argument_group("service"))
 
 
 def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
@@ -186,7 +173,10 @@ def _model(args: argparse.Namespace, settings: Settings) -> Path | None:
     """The chat model; None if only embeddings are served. Raises UserError: there is neither, or a flag needs one."""
     if not args.embeddings or args.model or settings.model_path:
         return flags.required_model(args, settings)
-    unused = [name for name, default in CHAT_MODEL_FLAGS.items() if getattr(args, name) != default]
+    chat_model_flags = argparse.ArgumentParser()
+    _add_chat_model_flags(chat_model_flags)
+    defaults = vars(chat_model_flags.parse_args([]))
+    unused = [name for name, default in defaults.items() if getattr(args, name) != default]
     if unused:
         raise UserError(f"--{unused[0].replace('_', '-')} needs a chat model", "add --model DIR, or omit it")
     return None

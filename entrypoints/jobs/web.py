@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-dir", type=Path, help="output directory of the run (training page); overrides OUTPUT_DIR"
     )
+    _add_visitor_flags(parser)
+    flags.add_listen_flags(parser, port=7860, secret="users or a page password")
+
+
+def _add_visitor_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--users-file",
         type=Path,
@@ -76,7 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder for ratings and corrections of answers, which visitors can give then; overrides FEEDBACK_DIR",
     )
-    flags.add_listen_flags(parser, port=7860, secret="users or a page password")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:

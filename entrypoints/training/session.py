@@ -121,6 +121,7 @@ def _train_on_node(run: "RunContext", layout: "ProcessLayout", command_line: Seq
     prepared = _checkpointed_if_needed(prepared, layout)
 
     def train_node() -> None:
+        """Train in this process, or in the workers of this node."""
         if layout.world_size == 1 and not run.deepspeed:  # DeepSpeed needs a launcher
             from entrypoints.training.run import train
 

@@ -93,6 +93,7 @@ def test_a_missing_model_is_reported_with_the_remedy(glm):
         (["--engine", "vllm"], "--engine needs a chat model"),
         (["--slots", "2"], "--slots needs a chat model"),
         (["--verify"], "--verify needs a chat model"),
+        (["--prefix-cache-gb", "2"], "--prefix-cache-gb needs a chat model"),
     ],
 )
 def test_flags_of_a_chat_model_are_rejected_when_only_embeddings_are_served(flags, message, embedding_model, glm):
