@@ -34,12 +34,16 @@ def is_foreign_native(folder: Path) -> bool:
     return read_json(file).get("model_type") == "glm" and GLM4.eos_token in _added_tokens(folder)
 
 
-def adopt_native(source: Path, target: Path, dtype: str = "keep", overwrite: bool = False) -> None:
+def adopt_native(
+    source: Path, target: Path, dtype: str = "keep", overwrite: bool = False, requested: str | None = None
+) -> None:
     """Write the folder as `glm convert` writes one; `target` appears atomically. dtype: one of conversion.DTYPES.
 
-    Raises UserError: a tensor, a number or the vocabulary is not that of GLM-4.
+    requested: the value of --family. Raises UserError: it, a tensor, a number or the vocabulary is not that of GLM-4.
     """
     family, file = GLM4, source / "config.json"
+    if requested and requested != family.name:
+        raise UserError(f"{source} has the vocabulary of {family.title}, not of {requested}", "omit --family")
     model_config = ModelConfig.from_native(_with_rope_parameters(read_json(file)), file)
     stored = open_weight_files(source)
     stored.check_shapes(expected_shapes(model_config, None))

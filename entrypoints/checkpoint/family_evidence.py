@@ -6,6 +6,7 @@ Only the program code beside the weights and the names in the configuration tell
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,16 @@ Evidence = tuple[str, set[str]]  # where it was found, and the names of the fami
 def identify_family(folder: Path, config: dict[str, Any], requested: str | None = None) -> Family:
     """The family of an original folder.
 
-    config: its config.json. requested: the value of --family, which replaces names but must agree with code.
+    config: its config.json. requested: the value of --family. It must agree with code, and with names except that a
+    name may be that of a family which differs in nothing but names.
     Raises UserError: nothing names the family, or two files name different ones.
     """
-    evidence = list(_code_evidence(folder))
+    evidence, names = list(_code_evidence(folder)), list(_name_evidence(folder, config))
     if requested:
+        evidence += [(where, _with_equal_formats(families)) for where, families in names]
         evidence.append(("--family", {family_named(requested).name}))
     else:
-        evidence += _name_evidence(folder, config)
+        evidence += names
     possible = set(FAMILIES).intersection(*(families for _, families in evidence))
     if len(possible) == 1:
         return FAMILIES[possible.pop()]
@@ -44,7 +47,9 @@ def identify_family(folder: Path, config: dict[str, Any], requested: str | None 
         found = "; ".join(f"{where}: {' or '.join(sorted(families))}" for where, families in evidence)
         raise UserError(
             f"the files in {folder} belong to different model families ({found})",
-            "use the files of one repository" if not requested else "omit --family, or give the folder of that family",
+            "omit --family, or give the folder of that family; a wrong name can be corrected in its file"
+            if requested
+            else "use the files of one repository",
         )
     raise UserError(
         f"the model family of {folder} cannot be identified: {' or '.join(sorted(possible))}",
@@ -56,6 +61,16 @@ def possible_families(folder: Path, config: dict[str, Any]) -> set[str]:
     """Names of the families that no file of the folder contradicts."""
     evidence = [*_code_evidence(folder), *_name_evidence(folder, config)]
     return set(FAMILIES).intersection(*(families for _, families in evidence))
+
+
+def _with_equal_formats(names: set[str]) -> set[str]:
+    """These families and those that differ from one of them in names only, as CodeGeeX2 from ChatGLM2."""
+    formats = [_format(FAMILIES[name]) for name in names]
+    return {family.name for family in FAMILIES.values() if _format(family) in formats}
+
+
+def _format(family: Family) -> Family:
+    return replace(family, name="", title="", repository="", names=())
 
 
 def _code_evidence(folder: Path) -> Iterator[Evidence]:

@@ -25,8 +25,10 @@ from entrypoints.checkpoint.manifest import (
     write_file_record,
     write_manifest,
 )
+from entrypoints.checkpoint.prompt_file import read_prompt_format
 from entrypoints.checkpoint.tensor_files import read_json
 from entrypoints.errors import UserError
+from entrypoints.families import family_named
 from entrypoints.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ def prepare_model(store: Path, model: str, options: PrepareOptions) -> Path:
         if target.is_dir():
             if not folder or not _has_changed(folder, target):
                 _verify(target)
+                _check_family(target, options.family)
                 return target
             logger.info("%s has changed since it was copied", folder)
         if model == DEMO:
@@ -175,6 +178,16 @@ def _verify(target: Path) -> None:
     logger.info("%s exists: %d files match the manifest", target, count)
 
 
+def _check_family(folder: Path, family: str | None) -> None:
+    """Raises UserError: the converted folder belongs to another family than `family`."""
+    found = read_prompt_format(folder).family
+    if family and family != found:
+        raise UserError(
+            f"{folder} is a {family_named(found).title} model, which --family {family} contradicts",
+            f"omit --family, or move {folder} elsewhere and run this command again",
+        )
+
+
 def _is_original(folder: Path) -> bool:
     is_original: bool = read_json(folder / "config.json").get("model_type") == "chatglm"
     return is_original
@@ -195,6 +208,7 @@ def _convert_or_copy(folder: Path, target: Path, look_in: Sequence[Path], option
     if _is_original(folder) or _is_foreign_native(folder):
         _convert(folder, target, options.family)
     else:
+        _check_family(folder, options.family)
         _copy(folder, target)
 
 
@@ -240,7 +254,7 @@ def _convert(folder: Path, target: Path, family: str | None) -> None:
 
     logger.info("converting %s", folder)
     if _is_foreign_native(folder):
-        adopt_native(folder, target, overwrite=True)
+        adopt_native(folder, target, overwrite=True, requested=family)
         return
     convert_to_native(folder, target, original_format(folder, family), overwrite=True)
 

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         logger.info("converting an adapter for %s", prompt_format)
         adapters.convert_adapter(args.source, args.target, args.base, prompt_format, args.overwrite)
     elif adoption.is_foreign_native(args.source):
-        adoption.adopt_native(args.source, args.target, args.dtype, args.overwrite)
+        adoption.adopt_native(args.source, args.target, args.dtype, args.overwrite, args.family)
     else:
         prompt_format = conversion.original_format(args.source, args.family, args.template)
         conversion.convert_to_native(args.source, args.target, prompt_format, args.dtype, args.overwrite)

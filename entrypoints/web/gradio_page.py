@@ -25,6 +25,8 @@ from entrypoints.web.visitors import Visitors
 
 UPDATE_INTERVAL_SECONDS = 0.08
 RETRY_INTERVAL_SECONDS = 4
+# Gradio drops an event while an earlier one of the same kind ends, such as Enter just after an answer
+ANSWER_OPTIONS = {**EVENT_OPTIONS, "trigger_mode": "multiple"}
 
 
 def create_app(
@@ -74,17 +76,16 @@ class ChatPage:
             ui.copied,
         ]  # fmt: skip
         self.shown = outputs
-        submitted = ui.question.submit(self.submit, inputs, outputs, **EVENT_OPTIONS)
+        submitted = ui.question.submit(self.submit, inputs, outputs, **ANSWER_OPTIONS)
         ui.question.stop(ChatSession.stop_answers, self.session, None, queue=False, **EVENT_OPTIONS).then(
             None, None, None, js=assets.FOCUS_QUESTION, api_visibility="private"
         )
-        # "multiple": a click during the event of another one is not lost
-        clicked = ui.action.click(self.act, inputs, outputs, trigger_mode="multiple", **EVENT_OPTIONS)
+        clicked = ui.action.click(self.act, inputs, outputs, **ANSWER_OPTIONS)
         clicked.then(None, ui.copied, None, js=assets.COPY, api_visibility="private")
         edit_inputs = [*visitor, ui.edit_text, *ui.options]
-        saved = gr.on([ui.save_edit.click], self.save_edit, edit_inputs, outputs, **EVENT_OPTIONS)
+        saved = gr.on([ui.save_edit.click], self.save_edit, edit_inputs, outputs, **ANSWER_OPTIONS)
         cancelled = ui.cancel_edit.click(self.cancel_edit, visitor, outputs, **EVENT_OPTIONS)
-        example = ui.chat.example_select(self.submit_example, [*visitor, *ui.options], outputs, **EVENT_OPTIONS)
+        example = ui.chat.example_select(self.submit_example, [*visitor, *ui.options], outputs, **ANSWER_OPTIONS)
         cleared = ui.clear.click(self.clear, visitor, outputs, **EVENT_OPTIONS)
         for event in (clicked, saved, cancelled):
             event.then(None, None, None, js=assets.FOCUS_AFTER_ACTION, api_visibility="private")
@@ -131,14 +132,16 @@ class ChatPage:
 
     async def submit(self, session: ChatSession, language: str, text: str, *options: Any) -> AsyncIterator[Updates]:
         """Answer the input, a question or the result of a tool call; nothing happens while an answer is in progress."""
-        if text.strip() and not session.running:
-            chosen = ChatOptions(*options)
-            is_sent = session.ask(self.api, chosen, text)
-            async for updates in self._show_answers(session, language, chosen):
-                if is_sent:
-                    updates[self.ui.question] = {**updates[self.ui.question], "value": ""}
-                    is_sent = False
-                yield updates
+        if not text.strip() or session.running:
+            yield {}  # Gradio empties every output of a handler that yields nothing
+            return
+        chosen = ChatOptions(*options)
+        is_sent = session.ask(self.api, chosen, text)
+        async for updates in self._show_answers(session, language, chosen):
+            if is_sent:
+                updates[self.ui.question] = {**updates[self.ui.question], "value": ""}
+                is_sent = False
+            yield updates
 
     async def submit_example(
         self, event: gr.SelectData, session: ChatSession, language: str, *options: Any

@@ -121,7 +121,8 @@ def _finish(session: ChatSession, api: ApiClient, running: dict[int, RunningAnsw
 def _input_area(api: ApiClient, language: str, has_feedback: bool) -> None:
     """Banner, status line, buttons and input field, at the bottom of the page."""
     session: ChatSession = st.session_state.chat
-    with st.bottom:
+    # in one container: an input field that changes its position loses the focus, and with it what is being typed
+    with st.bottom, st.container():
         if session.error:
             st.warning(error_text(session.error, language).replace("$", r"\$"))
             if session.error.key in ("unreachable", "loading"):

@@ -37,10 +37,11 @@ def test_a_chat_page_follows_the_color_scheme_without_a_serious_accessibility_fi
     chat.enable_tools()
     chat.open_manage()
     findings = []
-    for scheme in SCHEMES:
+    for number, scheme in enumerate(SCHEMES, start=1):
         chat.page.emulate_media(color_scheme=scheme)
         chat.page.reload()
         chat.open()
+        expect(chat.bubbles("user")).to_have_count(number)  # the browser's conversation is back
         chat.send("broken")  # a banner, and a question without an answer
         chat.wait_for_answer()
         expect(chat.banner()).to_be_visible()

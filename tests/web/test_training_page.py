@@ -225,12 +225,15 @@ def test_charts_fill_the_width_of_the_page(width, per_row, several_address, new_
     charts = page.locator(".st-key-charts > *")
     expect(charts).to_have_count(5)
 
-    def first_row() -> list[dict]:
+    def first_row() -> list[float]:
         boxes = [chart.bounding_box() for chart in charts.all()]
-        return [box for box in boxes if box["y"] == boxes[0]["y"]]
+        return [box["width"] for box in boxes if box["y"] == boxes[0]["y"]]
 
-    wait_until(lambda: len(first_row()) == per_row, 20)  # the style of the page arrives after its parts
-    assert sum(box["width"] for box in first_row()) > 0.8 * width
+    def is_full() -> bool:
+        widths = first_row()
+        return len(widths) == per_row and sum(widths) > 0.8 * width
+
+    wait_until(is_full, 20)  # the style of the page arrives after its parts
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 

@@ -73,6 +73,14 @@ def test_an_adopted_folder_has_the_same_tensors_and_the_exact_tokenizer(folder, 
     assert not is_foreign_native(tmp_path / "native")
 
 
+@pytest.mark.parametrize("command", ["convert", "prepare"])
+def test_family_must_agree_with_the_vocabulary_of_a_native_folder(command, folder, tmp_path, capsys):
+    arguments = [command, str(folder), str(tmp_path / "target"), "--family"]
+    assert main([*arguments, "chatglm3"]) == 1
+    assert "has the vocabulary of GLM-4-9B, not of chatglm3; omit --family" in capsys.readouterr().err
+    assert main([*arguments, "glm4"]) == 0
+
+
 def test_an_adopted_folder_converts_to_the_original_layout_and_back(folder, tmp_path):
     adopt_native(folder, tmp_path / "native")
     assert main(["convert", str(tmp_path / "native"), str(tmp_path / "original"), "--to", "original"]) == 0

@@ -107,6 +107,15 @@ def test_a_name_of_two_families_is_refused(folder):
         original_format(folder)
 
 
+def test_family_must_agree_with_the_name_in_the_configuration(folder):
+    edit(folder, _name_or_path="THUDM/chatglm2-6b")
+    with pytest.raises(UserError, match=r"config.json: chatglm2 or codegeex2; --family: chatglm3\).* be corrected in"):
+        original_format(folder, "chatglm3")
+    assert family_of(folder, "codegeex2") == "codegeex2"  # equal to ChatGLM2 in everything that is converted
+    edit(folder, _name_or_path="me/tuned")
+    assert family_of(folder, "chatglm3") == "chatglm3"
+
+
 def test_another_rotary_embedding_is_refused(folder):
     edit(folder, original_rope=False)
     with pytest.raises(UserError, match="original_rope=False"):

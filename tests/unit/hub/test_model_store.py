@@ -30,8 +30,9 @@ def prepare(tmp_path, toy_native):
     """Prepare a model in tmp_path/store; the tiny model replaces the demo checkpoint."""
     created = []
 
-    def call(model, look_in=(), settings=Settings()):  # noqa: B008 - frozen
-        options = PrepareOptions(settings, lambda folder: created.append(folder) or toy_native, None, "auto", look_in)
+    def call(model, look_in=(), settings=Settings(), family=None):  # noqa: B008 - frozen
+        create_demo = lambda folder: created.append(folder) or toy_native  # noqa: E731
+        options = PrepareOptions(settings, create_demo, None, "auto", look_in, family)
         return model_store.prepare_model(tmp_path / "store", model, options)
 
     call.created = created
@@ -68,6 +69,23 @@ def test_the_demo_is_created_once_and_then_only_verified(prepare, tmp_path):
     assert len(prepare.created) == 1
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
     assert visible(folder.parent) == ["demo"]
+
+
+@pytest.mark.parametrize("model", ["demo", "native"])
+def test_a_model_of_another_family_is_named_and_stays(model, prepare, toy_native):
+    look_in = [toy_native.parent]
+    prepared = prepare(model, look_in)
+    before = read_manifest(prepared)
+    with pytest.raises(UserError, match=f"{prepared} is a ChatGLM3-6B model, which --family glm4 contradicts; omit"):
+        prepare(model, look_in, family="glm4")
+    assert read_manifest(prepared) == before
+    assert prepare(model, look_in, family="chatglm3") == prepared
+
+
+def test_a_converted_folder_of_another_family_is_not_copied(prepare, toy_native, tmp_path):
+    with pytest.raises(UserError, match="is a ChatGLM3-6B model"):
+        prepare("native", [toy_native.parent], family="chatglm2")
+    assert visible(tmp_path / "store") == []
 
 
 def test_a_folder_in_the_original_layout_is_converted_under_its_own_name(prepare, toy_original):
