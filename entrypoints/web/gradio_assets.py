@@ -76,11 +76,29 @@ document.addEventListener("copy", (event) => {
     event.preventDefault();
   }
 });
+// When all events have ended, Gradio's client closes its stream. An event that joins the queue just before is not received
+// (Enter just after an answer), until another event opens a stream.
+const request = window.fetch;
+let streams = 0, joined = 0;
+window.fetch = async (resource, options) => {
+  const url = String(resource.url || resource);
+  if (url.includes("/queue/data?")) {
+    streams++;
+    resource.signal?.addEventListener("abort", () => {
+      streams--;
+      if (Date.now() - joined < 1000) page.wake();
+    });
+  }
+  const response = await request(resource, options);
+  if (streams && url.includes("/queue/join?")) joined = Date.now();
+  return response;
+};
 </script>
 """.replace("JOINER", WORD_JOINER)
 )
 # In the component `action`: a click on a button of a message becomes an event of the component.
 ACTION_SCRIPT = """
+page.wake = () => trigger("tick");  // an event without effect
 document.addEventListener("click", (event) => {
   const button = event.target.closest("#chats .message button.act");
   if (!button) return;

@@ -80,6 +80,7 @@ class ChatPage:
         ui.question.stop(ChatSession.stop_answers, self.session, None, queue=False, **EVENT_OPTIONS).then(
             None, None, None, js=assets.FOCUS_QUESTION, api_visibility="private"
         )
+        ui.action.tick(lambda: None, **EVENT_OPTIONS)  # see page.wake in gradio_assets.py
         clicked = ui.action.click(self.act, inputs, outputs, **ANSWER_OPTIONS)
         clicked.then(None, ui.copied, None, js=assets.COPY, api_visibility="private")
         edit_inputs = [*visitor, ui.edit_text, *ui.options]

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from chat_drivers import DRIVERS, ChatDriver
+from chat_drivers import DRIVERS, ChatDriver, GradioDriver
 from playwright.sync_api import expect
 
 Visit = Callable[..., ChatDriver]
@@ -48,6 +48,31 @@ def test_enter_during_an_answer_sends_nothing_and_keeps_the_draft(chat, scripted
     chat.wait_for_answer()
     chat.expect_texts("count 40 0.05", "0123456789" * 4)
     expect(chat.input()).to_have_value("say 二")
+
+
+SLOW_END = """
+const request = window.fetch;
+window.fetch = async (...call) => {
+  const response = await request(...call);
+  if (!response.url.includes("/queue/data")) return response;
+  const ends = (chunk) => new TextDecoder().decode(chunk).includes("close_stream");
+  return new Response(response.body.pipeThrough(new TransformStream({
+    async transform(chunk, out) {
+      if (ends(chunk)) await new Promise((resolve) => setTimeout(resolve, 600));
+      out.enqueue(chunk);
+    },
+  })), response);
+};
+"""
+
+
+def test_a_question_that_is_sent_while_the_stream_of_the_last_answer_closes_is_answered(chat_pages, new_page):
+    """A loaded browser reads `close_stream` late; Gradio's client opens no stream for an event sent until then."""
+    page = new_page()
+    page.add_init_script(SLOW_END)
+    chat = GradioDriver(page, chat_pages("gradio").address).open()
+    for number in range(4):
+        chat.ask(f"say {number}")
 
 
 def test_after_stop_the_focus_is_in_the_input_field(chat, ui):
