@@ -35,6 +35,8 @@ CSS = """
 #conversations label {width: 100%; overflow: hidden}
 #conversations label span {white-space: nowrap; overflow: hidden; text-overflow: ellipsis}
 #theme label {white-space: nowrap}
+/* in light colors these have the color of the page */
+#question textarea, #chats .example {border: 1px solid var(--border-color-primary) !important; border-radius: 8px}
 /* the page has the height of the screen, and the conversation gets what the other parts leave */
 #chats {flex: 1 1 0; min-height: 180px; align-items: stretch}
 #chats > * {height: 100%; min-height: 0}
@@ -76,8 +78,8 @@ document.addEventListener("copy", (event) => {
     event.preventDefault();
   }
 });
-// When all events have ended, Gradio's client closes its stream. An event that joins the queue just before is not received
-// (Enter just after an answer), until another event opens a stream.
+// When all events have ended, Gradio's client closes its stream. An event that joins the queue just before, such as
+// Enter just after an answer, is not shown until another event opens a stream.
 const request = window.fetch;
 let streams = 0, joined = 0;
 window.fetch = async (resource, options) => {

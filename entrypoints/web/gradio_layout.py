@@ -72,7 +72,9 @@ class Layout:
 
     def _create_settings(self) -> None:
         self.model = self._add(gr.Dropdown, {"label": "model"}, choices=[], elem_id="model")
-        self.compare_model = self._add(gr.Dropdown, {"label": "compare_model"}, choices=[], elem_id="compare_model")
+        self.compare_model = self._add(
+            gr.Dropdown, {"label": "compare_model"}, choices=[("", "")], value="", elem_id="compare_model"
+        )
         self.refresh = self._button("refresh")
         self.prompts = self._add(gr.Dropdown, {"label": "saved_prompts"}, choices=[], elem_id="prompts", visible=False)
         self.system = self._add(

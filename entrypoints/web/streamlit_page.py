@@ -20,6 +20,7 @@ from entrypoints.web.documents import read_document
 from entrypoints.web.feedback import FeedbackFile
 from entrypoints.web.i18n import negotiate_language, translate
 from entrypoints.web.message_actions import MessageActions
+from entrypoints.web.message_rendering import plain_markdown
 from entrypoints.web.request_errors import ErrorMessage
 from entrypoints.web.session import ChatOptions, ChatSession, RunningAnswer
 from entrypoints.web.streamlit_browser import connect_browser, count_click, restore
@@ -83,7 +84,7 @@ def _conversation(widgets: MessageWidgets, api: ApiClient) -> None:
         with st.container(horizontal=True, horizontal_alignment="center", key="examples"):
             for key in EXAMPLES:
                 question = translate(widgets.language, key)
-                st.button(question, key=key, on_click=_ask, args=(api, question))
+                st.button(plain_markdown(question), key=key, on_click=_ask, args=(api, question))
         return
     sides = len(session.conversation.leaves)
     columns = st.columns(sides) if sides > 1 else [st.container()]

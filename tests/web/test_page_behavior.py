@@ -24,6 +24,12 @@ def test_a_question_is_shown_as_it_was_typed(chat):
     chat.wait_for_answer()
 
 
+def test_an_example_of_the_empty_page_is_shown_and_sent_as_it_is_written(chat):
+    chat.page.get_by_role("button").get_by_text(AD_PROMPT, exact=True).click()
+    chat.wait_for(lambda: chat.texts("user") == [AD_PROMPT])
+    chat.wait_for_answer()
+
+
 def test_lines_of_an_answer_are_not_joined(chat):
     chat.ask("say 第一行\n    第二行\n第三行", re.compile("第一行\n\\s*第二行\n第三行"))
 
