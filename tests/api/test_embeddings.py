@@ -13,8 +13,7 @@ def client_of(server):
 
 
 def test_both_models_of_a_server_answer(glm_serve, toy_gguf, embedding_model):
-    with glm_serve("--model", toy_gguf, "--embeddings", embedding_model.file) as server:
-        client = client_of(server)
+    with glm_serve("--model", toy_gguf, "--embeddings", embedding_model.file) as server, client_of(server) as client:
         assert [model.id for model in client.models.list()] == ["toy", "bert"]
         texts = ["北京天气", "你好", "裙子"]
         for fields in ({}, {"encoding_format": "float"}):  # the client's default is base64, which it decodes
@@ -34,8 +33,8 @@ def test_both_models_of_a_server_answer(glm_serve, toy_gguf, embedding_model):
 
 
 def test_embeddings_alone_need_no_torch_and_no_chat_model(glm_serve, embedding_model):
-    with glm_serve("--embeddings", embedding_model.file, "--served-embeddings-name", "bge") as server:
-        client = client_of(server)
+    alone = glm_serve("--embeddings", embedding_model.file, "--served-embeddings-name", "bge")
+    with alone as server, client_of(server) as client:
         assert client.embeddings.create(model="bge", input="你好").usage.total_tokens == 4
         with pytest.raises(openai.NotFoundError, match="this server has no chat model"):
             client.chat.completions.create(model="bge", messages=[{"role": "user", "content": "x"}])

@@ -26,9 +26,9 @@ def flags(toy_gguf, tmp_path):
 
 
 def chat(server, key, question):
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
     messages = [SYSTEM, {"role": "user", "content": question}]
-    reply = client.chat.completions.create(model="toy", messages=messages, temperature=0, max_tokens=20)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
+        reply = client.chat.completions.create(model="toy", messages=messages, temperature=0, max_tokens=20)
     return reply.choices[0].message.content
 
 

@@ -19,7 +19,8 @@ LOOP = "steps raw {}\n---\nraw {}\n---\nsay 北京晴，八点".format(
 def client(toy_native, tmp_path_factory):
     log = tmp_path_factory.mktemp("responses") / "log"
     with serving([*SCRIPTED, "--model", toy_native, "--served-model-name", "toy"], log) as server:
-        yield openai.OpenAI(base_url=f"{server.wait_ready().url}/v1", api_key="unused", max_retries=0)
+        with openai.OpenAI(base_url=f"{server.wait_ready().url}/v1", api_key="unused", max_retries=0) as client:
+            yield client
 
 
 @pytest.mark.parametrize("stream", [False, True])

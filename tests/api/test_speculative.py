@@ -9,7 +9,8 @@ def speculative(glm_serve, toy_gguf):
     flags = ["--model", toy_gguf, "--served-model-name", "toy", "--speculative", "ngram", "--port", "0"]
     with glm_serve(*flags) as server:
         server.wait_ready(120)
-        yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            yield client
 
 
 def chat(client, **fields):
