@@ -18,9 +18,11 @@ LOOP = "steps raw {}\n---\nraw {}\n---\nsay 北京晴，八点".format(
 @pytest.fixture(scope="module")
 def client(toy_native, tmp_path_factory):
     log = tmp_path_factory.mktemp("responses") / "log"
-    with serving([*SCRIPTED, "--model", toy_native, "--served-model-name", "toy"], log) as server:
-        with openai.OpenAI(base_url=f"{server.wait_ready().url}/v1", api_key="unused", max_retries=0) as client:
-            yield client
+    with (
+        serving([*SCRIPTED, "--model", toy_native, "--served-model-name", "toy"], log) as server,
+        openai.OpenAI(base_url=f"{server.wait_ready().url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        yield client
 
 
 @pytest.mark.parametrize("stream", [False, True])
