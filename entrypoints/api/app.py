@@ -74,11 +74,10 @@ def _add_model_routes(app: FastAPI, state: ServerState) -> None:
         return _model(state, name)
 
     @app.post("/tokenize", openapi_extra=describe_body(TokenizeRequest))
-    async def tokenize(body: Annotated[TokenizeRequest, Depends(body_of(TokenizeRequest))]) -> dict[str, Any]:
+    async def tokenize(body: Annotated[TokenizeRequest, Depends(body_of(TokenizeRequest))]) -> Response:
         """Token ids of a conversation's prompt, or of a text."""
-        engine = state.require_engine()
-        ids = await anyio.to_thread.run_sync(tokenize_request, state, body)
-        return {"tokens": ids, "count": len(ids), "max_model_len": engine.context_length}
+        content = await anyio.to_thread.run_sync(tokenize_request, state, body)
+        return Response(content, media_type="application/json")
 
 
 def _add_completion_routes(app: FastAPI, state: ServerState) -> None:

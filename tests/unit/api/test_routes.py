@@ -128,7 +128,8 @@ def test_tokenize_returns_the_ids_that_the_engine_receives(app, engine):
     send(app, "POST", CHAT, body)
     assert ids["tokens"] == engine.prompts[0]
     assert ids["count"] == len(ids["tokens"])
-    assert send(app, "POST", "/tokenize", {"prompt": "你好"}).json()["tokens"] == engine.tokenizer.encode("你好")
+    for text in ("", "你好", "裙子" * 20_000):
+        assert send(app, "POST", "/tokenize", {"prompt": text}).json()["tokens"] == engine.tokenizer.encode(text)
 
 
 def test_text_is_never_encoded_as_a_role_tag(app, engine):
