@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,22 +20,33 @@ REPOSITORY = FOLDER.parents[1]
 TASK = FOLDER / "lm_eval"
 ROWS = [json.loads(line) for line in (TASK / "clothes.jsonl").read_text(encoding="utf-8").splitlines()]
 # of a sum over up to 20 tokens; llama.cpp computes in half precision
-TOLERANCE = {"transformers": 1e-3, "llamacpp": 3e-2}
+TOLERANCE = {"transformers": 1e-3, "llamacpp": 3e-2, "vllm": 1e-3}
+VLLM_VENV = Path(os.environ.get("VLLM_VENV", REPOSITORY / ".venv-vllm"))
 
 
 @pytest.fixture(scope="module")
-def urls(toy_native: Path, toy_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Address of a server with the untrained tiny model by engine."""
-    folder = tmp_path_factory.mktemp("toys")
-    models = {"transformers": [toy_native, "--dtype", "float32"], "llamacpp": [toy_gguf]}
+def url_of(
+    toy_native: Path, toy_gguf: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], str]]:
+    """Address of a server with the untrained tiny model by engine; each starts when it is first needed."""
+    folder, urls = tmp_path_factory.mktemp("toys"), {}
+    flags = {
+        "transformers": [toy_native, "--dtype", "float32"],
+        "llamacpp": [toy_gguf],
+        "vllm": [toy_native, "--dtype", "float32", "--engine", "vllm"],
+    }
     with ExitStack() as running:
-        servers = {
-            engine: running.enter_context(
-                serving([*GLM, "serve", "--served-model-name", "toy", "--model", *flags], folder / engine)
-            )
-            for engine, flags in models.items()
-        }
-        yield {engine: server.wait_ready().url for engine, server in servers.items()}
+
+        def get(engine: str) -> str:
+            if engine == "vllm" and not (VLLM_VENV / ".ready").is_file():
+                pytest.skip("needs the environment of vLLM: make test-vllm runs this")
+            if engine not in urls:
+                glm = [str(VLLM_VENV / "bin" / "python"), *GLM[1:]] if engine == "vllm" else GLM
+                command = [*glm, "serve", "--served-model-name", "toy", "--model", *flags[engine]]
+                urls[engine] = running.enter_context(serving(command, folder / engine)).wait_ready(300).url
+            return urls[engine]
+
+        yield get
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +78,9 @@ def run_harness(task: str, model: str, arguments: str, output: Path, *flags: str
     return {sample["doc_id"]: sample for sample in found}, json.loads(results.read_text())["results"][task]
 
 
-def test_a_task_with_generated_answers_runs_through_chat_completions(urls, tmp_path):
+def test_a_task_with_generated_answers_runs_through_chat_completions(url_of, tmp_path):
     """As GSM8K does; the answers are those that a client gets for the same question."""
-    url = f"{urls['transformers']}/v1/chat/completions"
+    url = f"{url_of('transformers')}/v1/chat/completions"
     arguments = f"model=toy,base_url={url},num_concurrent=2"
     samples, results = run_harness(
         "clothes_open", "local-chat-completions", arguments, tmp_path, "--apply_chat_template"
@@ -86,9 +97,9 @@ def test_a_task_with_generated_answers_runs_through_chat_completions(urls, tmp_p
 
 
 @pytest.mark.parametrize("engine", list(TOLERANCE))
-def test_every_engine_gives_the_scores_of_the_logits(engine, urls, expected, toy_native, tmp_path):
+def test_every_engine_gives_the_scores_of_the_logits(engine, url_of, expected, toy_native, tmp_path):
     arguments = (
-        f"model=toy,base_url={urls[engine]}/v1/completions,tokenizer={toy_native},tokenizer_backend=huggingface,"
+        f"model=toy,base_url={url_of(engine)}/v1/completions,tokenizer={toy_native},tokenizer_backend=huggingface,"
         "add_bos_token=True,max_length=1024,num_concurrent=2"
     )
     samples, results = run_harness("clothes", "local-completions", arguments, tmp_path)
