@@ -189,6 +189,16 @@ def test_health_responds_while_all_slots_are_busy(client, server):
         assert max(times) < (time.monotonic() - first) / 2, times
 
 
+def test_a_short_answer_does_not_wait_for_a_long_one_of_another_client(server):
+    body = {"messages": user("裙子"), "temperature": 0}
+    with server.stream(CHAT, {**body, "stream": True, "max_tokens": 900}) as long, ThreadPoolExecutor(1) as pool:
+        assert long.readline()
+        end_of_long = pool.submit(lambda: (long.read(), time.monotonic())[1])
+        assert server.post(CHAT, {**body, "max_tokens": 2})["usage"]["completion_tokens"] == 2
+        end_of_short = time.monotonic()
+        assert end_of_short < end_of_long.result()
+
+
 def test_a_prompt_above_the_context_length_is_rejected_and_the_next_one_answered(client):
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, "裙" * 2000)
