@@ -52,6 +52,7 @@ CSS = """
 .message .card pre {white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0; background: none}
 .message .failed_result {border-color: #b91c1c}
 .message .failed_result summary, .message .error {color: var(--error-text-color)}
+.dark .message :is(.failed_result summary, .error) {color: #fca5a5}
 .message .actions {display: flex; flex-wrap: wrap; gap: 2px 4px; align-items: center; margin-top: 2px}
 .message .actions > * {margin: 0 !important}
 .message .act {font-size: 12px; padding: 2px 6px; border-radius: 6px; color: var(--body-text-color)}
