@@ -28,6 +28,7 @@ from entrypoints.web.request_errors import REQUEST_ERRORS, ErrorMessage, describ
 
 CONNECT_TIMEOUT_SECONDS = 5
 READ_TIMEOUT_SECONDS = 600  # prompt processing on a slow machine delays the first token
+LIST_TIMEOUT_SECONDS = 15  # a page shows nothing before it has the models
 
 ToolCall = ChatCompletionMessageFunctionToolCallParam
 
@@ -131,7 +132,7 @@ class ApiClient:
     async def _list_models(self) -> list[ModelInfo] | ErrorMessage:
         try:
             async with self._connect() as client:
-                models = (await client.models.list()).data
+                models = (await client.models.list(timeout=LIST_TIMEOUT_SECONDS)).data
         except REQUEST_ERRORS as error:
             return describe_error(error, self.url, bool(self.key))
         return [ModelInfo(m.id, getattr(m, "max_model_len", None), getattr(m, "parent", None)) for m in models]

@@ -10,6 +10,7 @@ import pytest
 from scripted_engine import wait_until
 
 from entrypoints.errors import UserError
+from entrypoints.web import client
 from entrypoints.web.client import AnswerTask, ApiClient, CompletionRequest, TokenCount, base_url
 from entrypoints.web.request_errors import ErrorMessage
 
@@ -133,6 +134,14 @@ def test_a_server_that_does_not_listen_is_unreachable():
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
         assert answer(url).answer.error == ErrorMessage("unreachable", {"url": url})
         assert ApiClient(url).list_models() == ErrorMessage("unreachable", {"url": url})
+
+
+def test_a_server_that_accepts_and_says_nothing_is_unreachable_before_long(server, monkeypatch):
+    monkeypatch.setattr(client, "LIST_TIMEOUT_SECONDS", 0.3)
+    release = threading.Event()
+    url = server(lambda handler: release.wait(30))
+    assert ApiClient(url).list_models() == ErrorMessage("unreachable", {"url": url})
+    release.set()
 
 
 def test_an_error_within_a_stream_keeps_the_text_before_it(server):
