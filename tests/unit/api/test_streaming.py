@@ -308,7 +308,8 @@ def test_a_silent_stream_sends_comments(make_app, script, slots, monkeypatch):
 
     async def both():
         first = asyncio.create_task(send_async(app, "POST", CHAT, chat_body("count 1 0.5")))
-        await asyncio.sleep(0)
+        while not app.state.server.require_engine().running:
+            await asyncio.sleep(0.01)
         reply = await send_async(app, "POST", CHAT, chat_body(script, stream=True, tools=TOOLS))
         await first
         return reply
