@@ -82,18 +82,19 @@ document.addEventListener("copy", (event) => {
 // When all events have ended, Gradio's client closes its stream. An event that joins the queue just before, such as
 // Enter just after an answer, is not shown until another event opens a stream.
 const request = window.fetch;
-let streams = 0, joined = 0;
+let streams = 0, joined = false; // whether an event joined beside an open stream
 window.fetch = async (resource, options) => {
   const url = String(resource.url || resource);
   if (url.includes("/queue/data?")) {
     streams++;
     resource.signal?.addEventListener("abort", () => {
       streams--;
-      if (Date.now() - joined < 1000) page.wake();
+      if (joined) page.wake();
+      joined = false;
     });
   }
   const response = await request(resource, options);
-  if (streams && url.includes("/queue/join?")) joined = Date.now();
+  if (url.includes("/queue/join?")) joined ||= streams > 0;
   return response;
 };
 </script>

@@ -1,5 +1,6 @@
 """The default stack: API, both pages, an API key, and a complete removal."""
 
+import io
 import json
 import re
 import socket
@@ -13,6 +14,7 @@ from chat_drivers import DRIVERS
 from containers import PROBE, check_restrictions
 
 from compose import Project
+from entrypoints.__main__ import main
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -92,6 +94,23 @@ def test_a_key_from_a_file_is_required_by_the_api_and_sent_by_the_pages(stack, t
         container = locked.compose("ps", "--quiet", service).stdout.strip()
         inspected = subprocess.run(["docker", "inspect", container], capture_output=True, text=True, check=True).stdout
         assert "opensesame" not in inspected
+
+
+def test_the_documented_command_deletes_the_conversations_of_a_user_who_was_removed(stack, tmp_path, monkeypatch):
+    users = tmp_path / "users.txt"
+    monkeypatch.setattr("sys.stdin", io.StringIO("a password of ben\n"))
+    assert main(["user", str(users), "ben"]) == 0
+    users.chmod(0o644)
+    given = {"PAGE_USERS_FILE": users, "CONVERSATIONS": "server"}
+    project = Project(stack.name, stack.profiles, **{**stack.environment, **given})
+    project.compose("up", "--detach", "--wait", "--no-build", "--no-deps", "web")
+    script = (
+        "from pathlib import Path; from entrypoints.web.conversation_database import ConversationDatabase;"
+        "ConversationDatabase(Path('/pages')).write('anna', '1', '{}', None)"
+    )
+    project.compose("exec", "web", "python", "-c", script)
+    deleted = project.compose("exec", "web", "glm", "user", "/run/secrets/page-users", "anna", "--delete")
+    assert "with 1 stored conversations" in deleted.stderr
 
 
 def test_a_port_that_is_already_in_use_is_reported(stack):
