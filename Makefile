@@ -172,7 +172,7 @@ fuzz: $(READY) ## Damage files and requests by chance: make fuzz [SEED=7] [SECON
 	FUZZ_SEED=$(SEED) FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_CASE=$(CASE) \
 	  $(VENV)/bin/python -m pytest -m fuzz -s --timeout $$(($(FUZZ_SECONDS) + 300)) $(ARGS)
 
-test-vllm: $(READY) $(VLLM_READY) $(CLIENTS_READY) ## Run the vLLM engine's tests in an environment of its own (2.5 GB, no GPU)
+test-vllm: $(READY) $(VLLM_READY) $(CLIENTS_READY) ## Run the vLLM engine's tests in an environment of its own, and lm-eval against it (3.4 GB, no GPU)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
 	$(VLLM_VENV)/bin/python -m pytest tests/api/test_conformance.py tests/api/test_echo.py -k vllm
 	CLIENTS_VENV=$(abspath $(CLIENTS_VENV)) VLLM_VENV=$(abspath $(VLLM_VENV)) \

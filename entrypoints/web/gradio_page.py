@@ -14,7 +14,7 @@ from entrypoints.web.client import ApiClient, ModelInfo
 from entrypoints.web.feedback import FeedbackFile
 from entrypoints.web.gradio_html import chat_messages
 from entrypoints.web.gradio_layout import Layout, examples, theme_choices
-from entrypoints.web.gradio_sidebar import EVENT_OPTIONS, SidebarEvents, Updates
+from entrypoints.web.gradio_sidebar import ANSWER_OPTIONS, EVENT_OPTIONS, SidebarEvents, Updates
 from entrypoints.web.gradio_visitors import VisitorBlocks, VisitorSession, user_link
 from entrypoints.web.i18n import negotiate_language, translate
 from entrypoints.web.message_actions import Action, MessageActions
@@ -25,8 +25,6 @@ from entrypoints.web.visitors import Visitors
 
 UPDATE_INTERVAL_SECONDS = 0.08
 RETRY_INTERVAL_SECONDS = 4
-# Gradio drops an event while an earlier one of the same kind ends, such as Enter just after an answer
-ANSWER_OPTIONS = {**EVENT_OPTIONS, "trigger_mode": "multiple"}
 
 
 def create_app(
@@ -84,7 +82,7 @@ class ChatPage:
         clicked = ui.action.click(self.act, inputs, outputs, **ANSWER_OPTIONS)
         clicked.then(None, ui.copied, None, js=assets.COPY, api_visibility="private")
         edit_inputs = [*visitor, ui.edit_text, *ui.options]
-        saved = gr.on([ui.save_edit.click], self.save_edit, edit_inputs, outputs, **ANSWER_OPTIONS)
+        saved = ui.save_edit.click(self.save_edit, edit_inputs, outputs, **ANSWER_OPTIONS)
         cancelled = ui.cancel_edit.click(self.cancel_edit, visitor, outputs, **EVENT_OPTIONS)
         example = ui.chat.example_select(self.submit_example, [*visitor, *ui.options], outputs, **ANSWER_OPTIONS)
         cleared = ui.clear.click(self.clear, visitor, outputs, **EVENT_OPTIONS)

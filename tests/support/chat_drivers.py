@@ -300,13 +300,6 @@ class StreamlitDriver(ChatDriver):
         """Wait for the end of the script run."""
         expect(self.page.locator('[data-testid="stApp"][data-test-script-state="notRunning"]')).to_have_count(1)
 
-    def submit(self, text: str) -> None:
-        """As above, once a document is uploaded: until then Streamlit ignores Enter and keeps the draft."""
-        expect(self.input()).to_be_enabled()
-        self.input().fill(text)
-        expect(self.page.get_by_test_id("stChatInputSubmitButton")).to_be_enabled()
-        self.input().press("Enter")
-
     def wait_for_answer(self) -> None:
         super().wait_for_answer()
         self.wait_until_idle()  # the buttons are drawn before the last text
@@ -350,6 +343,8 @@ class StreamlitDriver(ChatDriver):
     def attach(self, file: Path) -> None:
         self.page.locator(".st-key-question input[type=file]").set_input_files(file)
         expect(self.page.get_by_role("button", name=f"Remove {file.name}")).to_be_visible()
+        # until a document is uploaded, Streamlit ignores Enter and keeps the draft
+        expect(self.page.get_by_test_id("stChatInputSubmitButton")).to_be_enabled()
 
     def stop_button(self) -> Locator:
         return self.page.locator(".st-key-stop button")

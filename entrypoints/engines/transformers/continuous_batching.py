@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 CPU_BATCH_TOKENS = 512  # tokens per step; a longer prefill would delay the next token of the other answers
 POLL_SECONDS = 0.1  # how often a call that waits for a token checks whether it was cancelled
 FLASH_ATTENTION_CAPABILITY = (8, 0)
+# of Sampling; `cache_salt` changes no answer, and nothing of this engine is kept on disk
 BATCHED_FIELDS = ("top_k", "top_p", "temperature", "max_new_tokens", "cache_salt")
 
 

@@ -30,8 +30,11 @@ def prepare(tmp_path, toy_native):
     """Prepare a model in tmp_path/store; the tiny model replaces the demo checkpoint."""
     created = []
 
+    def create_demo(folder):
+        created.append(folder)
+        return toy_native
+
     def call(model, look_in=(), settings=Settings(), family=None):  # noqa: B008 - frozen
-        create_demo = lambda folder: created.append(folder) or toy_native  # noqa: E731
         options = PrepareOptions(settings, create_demo, None, "auto", look_in, family)
         return model_store.prepare_model(tmp_path / "store", model, options)
 
