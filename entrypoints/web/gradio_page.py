@@ -14,7 +14,7 @@ from entrypoints.web.client import ApiClient, ModelInfo
 from entrypoints.web.feedback import FeedbackFile
 from entrypoints.web.gradio_html import chat_messages
 from entrypoints.web.gradio_layout import Layout, examples, theme_choices
-from entrypoints.web.gradio_sidebar import ANSWER_OPTIONS, EVENT_OPTIONS, SidebarEvents, Updates
+from entrypoints.web.gradio_sidebar import REPEATABLE_OPTIONS, EVENT_OPTIONS, SidebarEvents, Updates
 from entrypoints.web.gradio_visitors import VisitorBlocks, VisitorSession, user_link
 from entrypoints.web.i18n import negotiate_language, translate
 from entrypoints.web.message_actions import Action, MessageActions
@@ -74,17 +74,17 @@ class ChatPage:
             ui.copied,
         ]  # fmt: skip
         self.shown = outputs
-        submitted = ui.question.submit(self.submit, inputs, outputs, **ANSWER_OPTIONS)
+        submitted = ui.question.submit(self.submit, inputs, outputs, **REPEATABLE_OPTIONS)
         ui.question.stop(ChatSession.stop_answers, self.session, None, queue=False, **EVENT_OPTIONS).then(
             None, None, None, js=assets.FOCUS_QUESTION, api_visibility="private"
         )
-        ui.action.tick(lambda: None, **EVENT_OPTIONS)  # see page.wake in gradio_assets.py
-        clicked = ui.action.click(self.act, inputs, outputs, **ANSWER_OPTIONS)
+        ui.action.tick(lambda: None, **REPEATABLE_OPTIONS)  # see page.wake in gradio_assets.py
+        clicked = ui.action.click(self.act, inputs, outputs, **REPEATABLE_OPTIONS)
         clicked.then(None, ui.copied, None, js=assets.COPY, api_visibility="private")
         edit_inputs = [*visitor, ui.edit_text, *ui.options]
-        saved = ui.save_edit.click(self.save_edit, edit_inputs, outputs, **ANSWER_OPTIONS)
+        saved = ui.save_edit.click(self.save_edit, edit_inputs, outputs, **REPEATABLE_OPTIONS)
         cancelled = ui.cancel_edit.click(self.cancel_edit, visitor, outputs, **EVENT_OPTIONS)
-        example = ui.chat.example_select(self.submit_example, [*visitor, *ui.options], outputs, **ANSWER_OPTIONS)
+        example = ui.chat.example_select(self.submit_example, [*visitor, *ui.options], outputs, **REPEATABLE_OPTIONS)
         cleared = ui.clear.click(self.clear, visitor, outputs, **EVENT_OPTIONS)
         for event in (clicked, saved, cancelled):
             event.then(None, None, None, js=assets.FOCUS_AFTER_ACTION, api_visibility="private")

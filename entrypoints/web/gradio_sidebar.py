@@ -23,7 +23,7 @@ Draw = Callable[[ChatSession, str], Updates]
 # No event is part of a public API, and none waits for the event of another visitor.
 EVENT_OPTIONS: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 # Gradio drops an event while an earlier one of the same kind ends, such as Enter just after an answer
-ANSWER_OPTIONS = {**EVENT_OPTIONS, "trigger_mode": "multiple"}
+REPEATABLE_OPTIONS = {**EVENT_OPTIONS, "trigger_mode": "multiple"}
 
 
 def list_update(session: ChatSession, search: str) -> dict[str, Any]:
