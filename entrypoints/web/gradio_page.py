@@ -14,7 +14,7 @@ from entrypoints.web.client import ApiClient, ModelInfo
 from entrypoints.web.feedback import FeedbackFile
 from entrypoints.web.gradio_html import chat_messages
 from entrypoints.web.gradio_layout import Layout, examples, theme_choices
-from entrypoints.web.gradio_sidebar import REPEATABLE_OPTIONS, EVENT_OPTIONS, SidebarEvents, Updates
+from entrypoints.web.gradio_sidebar import EVENT_OPTIONS, REPEATABLE_OPTIONS, SidebarEvents, Updates
 from entrypoints.web.gradio_visitors import VisitorBlocks, VisitorSession, user_link
 from entrypoints.web.i18n import negotiate_language, translate
 from entrypoints.web.message_actions import Action, MessageActions
