@@ -158,10 +158,14 @@ gpu-ready: ## Check driver, NVIDIA Container Toolkit and Docker engine for GPUs 
 TEST_WORKERS ?= 2
 CONTAINER_TESTS := tests/images tests/compose tests/manifests tests/cluster
 
-test: $(READY) ## Run all tests that need no container: make test [ARGS="-k resume"] [TEST_WORKERS=4]
-	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(CONTAINER_TESTS:%=--ignore %) --ignore tests/clients $(ARGS)
+SELECTED := -m "not slow"
 
-test-all: test test-clients test-engine ## Run all tests: also clients, images, Compose and Kubernetes manifests (a Docker engine for what runs containers)
+test: $(READY) ## Run the quick tests, none of which needs a container: make test [ARGS="-k resume"] [TEST_WORKERS=4]
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(CONTAINER_TESTS:%=--ignore %) --ignore tests/clients \
+	  $(SELECTED) $(ARGS)
+
+test-all: SELECTED :=
+test-all: test test-clients test-engine ## Run all tests: also slow ones, clients, images, Compose and Kubernetes manifests (a Docker engine for what runs containers)
 	$(VENV)/bin/python -m pytest $(CONTAINER_TESTS) $(ARGS)
 
 # `make test` runs the same tests with a fixed number of inputs, `make fuzz` for so many seconds each

@@ -36,6 +36,7 @@ def sequential(adapted):
     return {(name, question): answer(adapted, name, question) for question in QUESTIONS for name in ("base", *NAMES)}
 
 
+@pytest.mark.slow
 def test_adapters_are_listed_with_the_base_model_as_parent(adapted):
     models = json.loads(adapted.request("GET", "/v1/models")[2])["data"]
     assert [(model["id"], model["parent"]) for model in models] == [("base", None), *((name, "base") for name in NAMES)]
@@ -51,6 +52,7 @@ def test_the_answers_of_every_adapter_have_the_response_format(adapted):
         assert json.loads(found) in ({"ok": True}, {"ok": False}), name
 
 
+@pytest.mark.slow
 def test_every_adapter_changes_the_answers(sequential):
     """An adapter must never be ignored silently."""
     answers = {tuple(sequential[name, question] for question in QUESTIONS) for name in ("base", *NAMES)}

@@ -49,6 +49,7 @@ def streamed(client, text="裙子", **fields):
     return "".join(parts), finish, usage
 
 
+@pytest.mark.slow
 def test_a_stream_equals_the_complete_response_at_every_length(client):
     for max_tokens in range(1, 21):
         complete = chat(client, max_tokens=max_tokens)
@@ -176,6 +177,7 @@ def test_concurrent_answers_equal_sequential_ones(client):
         assert list(streams) == sequential
 
 
+@pytest.mark.slow
 def test_health_responds_while_all_slots_are_busy(client, server):
     """Generation must not block the event loop. On idle CPUs about a thousand probes fit into these answers."""
     with ThreadPoolExecutor(4) as pool:
@@ -189,6 +191,7 @@ def test_health_responds_while_all_slots_are_busy(client, server):
         assert max(times) < (time.monotonic() - first) / 2, times
 
 
+@pytest.mark.slow
 def test_a_short_answer_does_not_wait_for_a_long_one_of_another_client(server):
     body = {"messages": user("裙子"), "temperature": 0}
     with server.stream(CHAT, {**body, "stream": True, "max_tokens": 900}) as long, ThreadPoolExecutor(1) as pool:
@@ -214,6 +217,7 @@ def test_an_answer_ends_at_the_context_length(client):
     assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (1024 - prompt_tokens, "length")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnects_free_the_slots(server, stream):
     body = {"messages": user("裙子"), "temperature": 0, "max_tokens": 900, "stream": stream}

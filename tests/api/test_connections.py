@@ -63,6 +63,7 @@ def sent_until_closed(connection, block, pause):
     return 1000
 
 
+@pytest.mark.slow
 def test_another_peer_is_served_while_one_holds_hundreds_of_silent_connections(server):
     """320 silent connections exhausted the files of the process."""
     silent = [socket.create_connection(address(server)) for _ in range(320)]
@@ -88,6 +89,7 @@ def test_an_endless_header_is_cut_off(start, server):
     assert probe(server) < 2
 
 
+@pytest.mark.slow
 def test_a_header_that_arrives_byte_by_byte_ends_at_the_timeout(server):
     start = time.monotonic()
     with socket.create_connection(address(server)) as connection:

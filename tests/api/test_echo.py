@@ -28,6 +28,7 @@ def logprobs_after(toy_native):
     return compute
 
 
+@pytest.mark.slow
 def test_the_log_probabilities_of_a_text_are_those_of_its_logits(client, server, toy_native, logprobs_after):
     tokenizer = load_tokenizer(toy_native)
     start = [tokenizer.special_token_id(name) for name in ("[gMASK]", "<sop>")]

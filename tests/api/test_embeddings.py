@@ -12,6 +12,7 @@ def client_of(server):
     return openai.OpenAI(base_url=f"{server.wait_ready().url}/v1", api_key="unused", max_retries=0)
 
 
+@pytest.mark.slow
 def test_both_models_of_a_server_answer(glm_serve, toy_gguf, embedding_model):
     with glm_serve("--model", toy_gguf, "--embeddings", embedding_model.file) as server, client_of(server) as client:
         assert [model.id for model in client.models.list()] == ["toy", "bert"]
@@ -32,6 +33,7 @@ def test_both_models_of_a_server_answer(glm_serve, toy_gguf, embedding_model):
         assert "Traceback" not in server.log
 
 
+@pytest.mark.slow
 def test_embeddings_alone_need_no_torch_and_no_chat_model(glm_serve, embedding_model):
     alone = glm_serve("--embeddings", embedding_model.file, "--served-embeddings-name", "bge")
     with alone as server, client_of(server) as client:

@@ -51,10 +51,12 @@ def seen():
     return Counter()
 
 
+@pytest.mark.slow
 def test_the_openapi_document_lists_every_route(operations):
     assert set(operations) == set(OPERATIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_no_generated_request_causes_a_500(name, mode, operations, seen):
@@ -84,6 +86,7 @@ def test_no_generated_request_causes_a_500(name, mode, operations, seen):
         assert name.startswith("GET"), "only a request without a body has no invalid variant"
 
 
+@pytest.mark.slow
 def test_the_server_works_after_all_generated_requests(fuzzed, seen):
     assert sum(seen.values()) > 200, seen
     assert seen[200] > 20, seen
@@ -116,6 +119,7 @@ def answer_of(app, body):
     return 200, any("tool_calls" in choice["message"] for choice in reply.json()["choices"])
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 def test_invalid_messages_and_tool_calls_never_cause_a_500(app):
     fuzz, seen, called = FuzzSettings(), Counter(), 0

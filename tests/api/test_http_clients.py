@@ -79,6 +79,7 @@ def test_curl_with_http2_gets_an_answer(server):
     assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "你好"
 
 
+@pytest.mark.slow
 def test_idle_connections_stay_open_longer_than_in_the_pools_of_proxies(scripted):
     """60 s in nginx and AWS, 600 s in Google's load balancers: a shorter time here makes them send 502."""
     assert KEEP_ALIVE_SECONDS > 600

@@ -174,6 +174,7 @@ def probe_times(port: int, idle_port: int) -> tuple[list[float], list[float]]:
     return sorted(times), sorted(idle_times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_probes_are_answered_while_a_client_attacks(name, server, idle_port):
     with attacked(server, ATTACKS[name]):

@@ -38,6 +38,7 @@ def owners(tmp_path):
     return sorted((record["owner"], len(record["tokens"])) for record in records)
 
 
+@pytest.mark.slow
 def test_conversations_of_two_keys_are_kept_apart_over_a_restart(glm_serve, flags, tmp_path):
     question = "裙子" * 40
     with glm_serve(*flags) as server:

@@ -25,6 +25,7 @@ def client(toy_native, tmp_path_factory):
         yield client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_loop_of_two_tools_ends_with_an_answer(client, stream):
     items, called = [{"role": "user", "content": LOOP}], []

@@ -49,6 +49,7 @@ def streamed_text(body):
     return text, lines[-1] == "data: [DONE]"
 
 
+@pytest.mark.slow
 def test_keys_or_insecure_no_auth_allow_other_addresses(scripted, tmp_path):
     (tmp_path / "keys").write_text(f"anna {digest('glm-a')}\n")
     keyed = scripted("--host", "0.0.0.0", "--api-keys-file", tmp_path / "keys")
@@ -63,6 +64,7 @@ def test_keys_or_insecure_no_auth_allow_other_addresses(scripted, tmp_path):
     assert "glm-one" not in single.log
 
 
+@pytest.mark.slow
 def test_every_invalid_key_gets_the_same_response(scripted):
     server = scripted(env={"API_KEY": "glm-one"}).wait_ready()
     replies = [
@@ -74,6 +76,7 @@ def test_every_invalid_key_gets_the_same_response(scripted):
     assert len({body for _, _, body in replies}) == 1
 
 
+@pytest.mark.slow
 def test_keys_are_reloaded_without_a_restart(scripted, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text(f"anna {digest('glm-a')}\n")
@@ -94,6 +97,7 @@ def test_keys_are_reloaded_without_a_restart(scripted, tmp_path):
     assert "key ben, request" in server.log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_waits_for_running_and_queued_requests(scripted, number):
     server = scripted("--slots", "2").wait_ready()
@@ -113,6 +117,7 @@ def test_a_signal_waits_for_running_and_queued_requests(scripted, number):
     assert "Traceback" not in server.log
 
 
+@pytest.mark.slow
 def test_a_draining_server_stops_listening(scripted):
     server = scripted().wait_ready()
     with server.stream(CHAT, chat_body("count 40 0.05", stream=True)) as running:
@@ -143,6 +148,7 @@ def test_the_drain_time_is_limited_and_cancelled_requests_receive_an_error(scrip
     assert "Traceback" not in server.log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "env", [{}, {"SCRIPTED_UNINTERRUPTIBLE": "1"}], ids=["between tokens", "inside a long forward pass"]
 )
@@ -157,6 +163,7 @@ def test_a_second_signal_exits_at_once(scripted, env):
         assert server.wait() == 128 + signal.SIGTERM  # the next token would take longer than this wait
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["user", "defect"])
 def test_a_failed_load_stops_the_process(scripted, kind, tmp_path):
     server = scripted(env={"SCRIPTED_GATE": str(tmp_path / "gate"), "SCRIPTED_LOAD_ERROR": kind})
@@ -170,12 +177,14 @@ def test_a_failed_load_stops_the_process(scripted, kind, tmp_path):
         assert "ValueError: a defect" in server.log
 
 
+@pytest.mark.slow
 def test_a_load_that_fails_at_once_stops_the_process(scripted):
     server = scripted(env={"SCRIPTED_LOAD_ERROR": "user"})
     assert server.wait() == 1
     assert "glm: the weights are damaged; fetch them again" in server.log
 
 
+@pytest.mark.slow
 def test_the_server_is_alive_while_loading_and_ready_afterwards(scripted, tmp_path):
     server = scripted(env={"SCRIPTED_GATE": str(tmp_path / "gate")})
     assert server.request("GET", "/healthz")[0] == 200
@@ -187,6 +196,7 @@ def test_the_server_is_alive_while_loading_and_ready_afterwards(scripted, tmp_pa
     assert server.wait_ready().request("POST", CHAT, chat_body("say x"))[0] == 200
 
 
+@pytest.mark.slow
 def test_a_signal_while_loading_stops_the_server(scripted, tmp_path):
     server = scripted(env={"SCRIPTED_GATE": str(tmp_path / "never")})
     server.wait_for("Started server process")
@@ -222,6 +232,7 @@ def test_a_failed_request_is_reported_and_the_server_continues(shared_server):
     assert server.request("GET", "/healthz")[0] == 200
 
 
+@pytest.mark.slow
 def test_json_logs_contain_no_prompt_answer_or_key(scripted):
     server = scripted("--log-format", "json", "--log-level", "debug", env={"API_KEY": "glm-one"}).wait_ready()
     _, headers, _ = server.request("POST", CHAT, chat_body("say 机密问题"), bearer("glm-one"))
@@ -236,6 +247,7 @@ def test_json_logs_contain_no_prompt_answer_or_key(scripted):
     assert not [word for word in ("机密", "glm-one", "\\u673a") if word in server.log]
 
 
+@pytest.mark.slow
 def test_log_prompts_logs_prompts(scripted):
     server = scripted("--log-prompts").wait_ready()
     server.request("POST", CHAT, chat_body("say 机密问题"))

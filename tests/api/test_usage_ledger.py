@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 
+import pytest
 from serving_process import GLM
 
 from entrypoints.api.auth import digest
@@ -12,6 +13,7 @@ CHAT = "/v1/chat/completions"
 ANNA = {"authorization": "Bearer glm-a"}
 
 
+@pytest.mark.slow
 def test_usage_and_quota_survive_a_killed_server(scripted, tmp_path):
     keys, folder = tmp_path / "keys", tmp_path / "usage"
     keys.write_text(f"anna {digest('glm-a')} 600 64 12\n")

@@ -61,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="lowcost-bench-") as name:
         folder = Path(name)
         start = time.monotonic()
-        _in_a_process(write_random_model, folder / "native", args.layers)
+        in_a_process(write_random_model, folder / "native", args.layers)
         print(f"{args.layers} layers written in {time.monotonic() - start:.0f} s", flush=True)
         file = folder / "model.gguf"
-        _quantize(folder / "native", file, args.type)
+        quantize(folder / "native", file, args.type)
         _start(file, folder)
         _cold_start(file, folder)
         _decode(file, folder, args)
@@ -118,7 +118,7 @@ def write_random_model(folder: Path, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def _quantize(folder: Path, file: Path, type_: str) -> None:
+def quantize(folder: Path, file: Path, type_: str) -> None:
     start = time.monotonic()
     process = subprocess.Popen([*GLM, "quantize", str(folder), str(file), "--type", type_])
     most = 0
@@ -209,7 +209,7 @@ def _decode(file: Path, folder: Path, args: argparse.Namespace) -> None:
 def _drafts(file: Path) -> None:
     from entrypoints.engines.llamacpp.server import DRAFT_TOKENS
 
-    plain, drafting = (statistics.median(_in_a_process(_drafted, file, accept)) for accept in (False, True))
+    plain, drafting = (statistics.median(in_a_process(_drafted, file, accept)) for accept in (False, True))
     steps = (DRAFT_TOKENS + 1) * plain / drafting
     print(
         f"drafts    {plain:.2f} tokens/s without, {drafting:.2f} if all are accepted; a step with {DRAFT_TOKENS} "
@@ -218,7 +218,7 @@ def _drafts(file: Path) -> None:
     )
 
 
-def _in_a_process(work: Callable, *args: object) -> object:
+def in_a_process(work: Callable, *args: object) -> object:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *args).result()
 

@@ -1,6 +1,7 @@
 """Errors of `make` before anything starts, and the diagnosis of GPUs in containers."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -165,3 +166,13 @@ def test_volumes_are_deleted_only_after_the_word_yes(target, answer, code, flags
     assert done.returncode == code, done.stderr
     assert calls == [f"compose --profile * {words}" for words in flags]
     assert ("Nothing was removed." in done.stdout) == (code == 2)
+
+
+def test_only_the_quick_run_leaves_out_slow_tests():
+    quick, everything = (make("-n", target) for target in ("test", "test-all"))
+    assert (quick.returncode, everything.returncode) == (0, 0), quick.stderr + everything.stderr
+    assert '-m "not slow"' in quick.stdout
+    assert "slow" not in everything.stdout
+    omitted = set(re.findall(r"--ignore (\S+)", everything.stdout))
+    assert {folder for folder in omitted if re.search(rf"pytest [^-]*{folder}\b", everything.stdout)} == omitted
+    assert len(omitted) == 5

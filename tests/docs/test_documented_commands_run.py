@@ -136,6 +136,7 @@ def make_room(line: str, workspace: Path, runs: dict[str, Path], request: pytest
         (workspace / "models/chatglm3-6b").symlink_to(request.getfixturevalue("golden_native"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", RUN)
 def test_a_documented_command_runs_as_written(line, workspace, runs, request, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("你好，请介绍一下自己\n"))  # a question, or a password

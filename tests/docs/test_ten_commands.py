@@ -72,6 +72,7 @@ def wait_until_ready(process: subprocess.Popen, port: int, log: Path) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_the_ten_commands_lead_from_a_download_to_an_answer(folder, environment):
     commands = ten_commands()
     assert len(commands) == 10

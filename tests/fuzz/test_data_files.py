@@ -104,6 +104,7 @@ def archive_bytes(chance):
     return stream.getvalue()
 
 
+@pytest.mark.slow
 def test_archives_of_rows(tmp_path):
     file = tmp_path / "rows.tar"
 

@@ -31,6 +31,7 @@ def adapter(request, native):
     return target
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_is_saved_with_its_family_and_changes_the_answer(native, adapter, capsys):
     assert read_prompt_format(adapter) == read_prompt_format(native)
     answers = []

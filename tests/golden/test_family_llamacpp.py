@@ -32,6 +32,7 @@ def until_stop(ids, engine):
     return ids[: stops[0]] if stops else ids
 
 
+@pytest.mark.slow
 def test_greedy_ids_are_those_of_the_reference(case):
     """Every step has a margin of 0.006 or more, which half precision does not reach."""
     _, engine, expected = case
@@ -42,6 +43,7 @@ def test_greedy_ids_are_those_of_the_reference(case):
         assert list(map(int, engine.generate(prompt, GREEDY))) == until_stop(greedy, engine)
 
 
+@pytest.mark.slow
 def test_transformers_streams_the_same_greedy_ids(case):
     folder, engine, expected = case
     reference = TransformersEngine.load(folder, EngineOptions(device="cpu", dtype="float32"))

@@ -32,6 +32,7 @@ def case(request, golden_family, tmp_path_factory):
     return source, target, engine, load_file(golden_family / f"{name}.expected.safetensors")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_logits_equal_the_reference(case):
     _, _, engine, expected = case
@@ -62,6 +63,7 @@ def tensors(folder):
     return {name: tensor for file in files for name, tensor in stored.load_file(file).items()}
 
 
+@pytest.mark.slow
 def test_the_way_back_gives_every_tensor_and_a_folder_of_the_same_family(case, tmp_path):
     source, native, _, _ = case
     convert_to_original(native, tmp_path / "back")

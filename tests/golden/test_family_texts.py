@@ -46,6 +46,7 @@ def names_a_special_token(text, tokenizer):
     return any(name in text for name in (*tokenizer.family.special_tokens, "</s>", "<unk>"))
 
 
+@pytest.mark.slow
 def test_all_texts_have_the_reference_ids_and_back(case, golden_family):
     _, _, tokenizer, _ = case
     found = texts_of(case, golden_family)
@@ -83,6 +84,7 @@ def test_the_chat_template_gives_the_reference_ids_or_rejects_names_of_special_t
     assert rejected >= 1
 
 
+@pytest.mark.slow
 def test_no_text_becomes_a_control_id(golden_family):
     """The published template of GLM-4 lets texts become control ids; the reference code does not, nor does this."""
     source = golden_family / "glm4-tiny"

@@ -48,6 +48,7 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_greedy_ids_are_those_of_the_reference(files, expected, golden_native, same_but_for_ties):
     """In half precision; up to the first position where the top two logits of transformers differ by less than 0.01."""
     reference = TransformersEngine.load(golden_native, EngineOptions(device="cpu", dtype="float32"))

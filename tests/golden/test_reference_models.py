@@ -138,6 +138,7 @@ def test_the_way_back_gives_every_tensor_of_the_original_files(golden_native, we
     assert_same(tmp_path / "back", weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_there_and_back_from_safetensors_is_equal_tensor_for_tensor(dtype, shards, golden, weights, tmp_path):

@@ -13,6 +13,8 @@ sys.path.insert(0, str(FOLDER))
 
 import parts  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ON_CPU = ("numbers", "half", "packed", "loss", "methods", "quantized", "batching", "refusal")
 
 

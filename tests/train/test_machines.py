@@ -12,7 +12,7 @@ import pytest
 from compose import Project
 from entrypoints.training.checkpoints import store
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NAMES = ("glm-first", "glm-second")
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 

@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 DPO = ("--objective", "dpo", "--method", "lora", "--lora-dropout", 0, "--max-steps", 3)
 
 

@@ -22,7 +22,8 @@ from entrypoints.errors import UserError
 from entrypoints.training.checkpoints import store
 from entrypoints.training.result.export import ExportOptions, export
 
-pytestmark = pytest.mark.timeout(900)  # several starts of several processes; on a busy machine each takes a minute
+# several starts of several processes; on a busy machine each takes a minute
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TWO = ("--num-processes", 2, "--per-device-train-batch-size", 2)
 TUTORIAL = {
     "train_micro_batch_size_per_gpu": "auto",

@@ -103,6 +103,7 @@ def test_libraries_log_from_warning_on_or_from_a_stricter_level(capsys):
     assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == ["ours"]
 
 
+@pytest.mark.slow
 def test_no_library_logger_keeps_a_handler_and_a_clean_start_logs_nothing():
     """bitsandbytes, which PEFT imports, would warn about a kernel that CPUs with AVX512_BF16 lack."""
     script = """

@@ -216,6 +216,7 @@ def test_the_reference_names_every_exit_code_in_both_languages():
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_writing_leaves_no_partial_files(number, code, toy_original, tmp_path):
     """The conversion is paused after the weights are written and before the vocabulary is."""

@@ -3,9 +3,12 @@
 import re
 from collections.abc import Callable
 
+import pytest
 from axe_playwright_python.sync_playwright import Axe
 from chat_drivers import ChatDriver
 from playwright.sync_api import Page, expect
+
+pytestmark = pytest.mark.slow
 
 Visit = Callable[..., ChatDriver]
 SCHEMES = ("light", "dark")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from chat_drivers import ChatDriver
 from playwright.sync_api import expect
 from processes import PAGE_KEY, SLOW_KEYS
@@ -12,6 +13,8 @@ from scripted_engine import wait_until
 from entrypoints.chat_format.sampling import Sampling
 from entrypoints.dataset.columns import Columns
 from entrypoints.dataset.reader import examples, read_rows
+
+pytestmark = pytest.mark.slow
 
 Visit = Callable[..., ChatDriver]
 XSS = (

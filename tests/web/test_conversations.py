@@ -8,6 +8,8 @@ import pytest
 from chat_drivers import DRIVERS, ChatDriver
 from playwright.sync_api import expect
 
+pytestmark = pytest.mark.slow
+
 Visit = Callable[..., ChatDriver]
 
 

@@ -20,6 +20,8 @@ from scripted_engine import wait_until
 from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.result import report
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"wide": (1400, 900), "narrow": (320, 640)}
 PICTURE_SIZE = {"width": 1400, "height": 1000}  # shows the whole conversation
 PICTURES = Path(__file__).parent / "pictures"

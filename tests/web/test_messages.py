@@ -4,9 +4,12 @@ import json
 import re
 from collections.abc import Callable
 
+import pytest
 from chat_drivers import ChatDriver
 from playwright.sync_api import expect
 from scripted_engine import wait_until
+
+pytestmark = pytest.mark.slow
 
 Visit = Callable[..., ChatDriver]
 

@@ -11,6 +11,8 @@ from chat_drivers import DRIVERS
 from processes import PAGE_KEY, free_port
 from scripted_engine import wait_until
 
+pytestmark = pytest.mark.slow
+
 CONFIGURATION = Path(__file__).resolve().parents[2] / "compose" / "nginx" / "glm.conf"
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin")
 

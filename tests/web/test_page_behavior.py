@@ -3,8 +3,11 @@
 import re
 from collections.abc import Callable
 
+import pytest
 from chat_drivers import DRIVERS, ChatDriver, GradioDriver
 from playwright.sync_api import expect
+
+pytestmark = pytest.mark.slow
 
 Visit = Callable[..., ChatDriver]
 HAS_FOCUS = "(selector) => document.activeElement === document.querySelector(selector)"

@@ -17,6 +17,8 @@ from scripted_engine import wait_until
 
 from entrypoints.web.access import SECURITY_HEADERS
 
+pytestmark = pytest.mark.slow
+
 
 def get(url: str, data: bytes | None = None, headers: dict | None = None) -> tuple[int, str, dict]:
     try:

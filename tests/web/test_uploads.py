@@ -18,6 +18,8 @@ from streamlit.web.server.starlette.starlette_routes import create_upload_routes
 from entrypoints.web import body_limit
 from entrypoints.web.access import AccessMiddleware
 
+pytestmark = pytest.mark.slow
+
 CANARY = "canary-of-an-upload"
 GRADIO_PATHS = (
     "/gradio_api/upload",

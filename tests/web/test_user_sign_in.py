@@ -12,6 +12,8 @@ from processes import PAGE_KEY
 
 from entrypoints.web.users import PageUser, hash_password, put_user
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"wide": (1400, 900), "middle": (900, 900), "narrow": (390, 844)}
 
 

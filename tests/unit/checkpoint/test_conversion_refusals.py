@@ -233,6 +233,7 @@ def held(source, target):
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "leftovers"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 2)])
 def test_a_running_conversion_excludes_others_and_when_interrupted_leaves_no_target(
     number, leftovers, held, source, target

@@ -76,6 +76,7 @@ print(len(history))
 """
 
 
+@pytest.mark.slow
 def test_converting_loading_and_answering_need_no_network(toy_original, tmp_path):
     """In a new process in which every connection raises."""
     done = subprocess.run(

@@ -74,6 +74,7 @@ def library_scores(prediction, reference):
     return [round(100 * value, 4) for value in (bleu, *(rouge[f"rouge-{n}"]["f"] for n in "12l"), words_bleu)]
 
 
+@pytest.mark.slow
 def test_rows_equal_the_libraries_to_the_last_digit_on_random_texts(tmp_path):
     """The texts contain sentence marks and blank lines, where rouge_chinese splits and can produce an empty word."""
     jieba.setLogLevel(60)

@@ -150,6 +150,7 @@ def test_openmp_spins_shortly_unless_the_user_decided_otherwise(given, spins):
     assert env == given | ({"GOMP_SPINCOUNT": spins} if spins else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["torch", "xllamacpp"])
 def test_every_command_limits_the_spinning_before_it_loads_a_library(library, toy_native, toy_gguf, tmp_path):
     """The OpenMP library reads the variable when it is loaded."""

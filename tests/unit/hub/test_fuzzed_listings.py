@@ -66,6 +66,7 @@ def answer(value, chance):
     return httpx2.Response(200, content=damage_json_text(value, chance))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", HUBS)
 def test_listings_of_hubs(source, monkeypatch, tmp_path):
     def attempt(chance):

@@ -270,6 +270,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_kill_leaves_no_incomplete_model_and_the_next_run_completes_it(number, prepare, toy_native, tmp_path):
     """Killed after its first file was copied."""

@@ -84,6 +84,7 @@ def test_invalid_utf8_in_a_pipe_does_not_end_the_conversation(piped):
     assert [answer["prompt"] for answer in answers] == ["\ufffd" * 3, "你好"]
 
 
+@pytest.mark.slow
 def test_chinese_is_read_and_printed_correctly_in_a_c_locale(toy_native):
     removed = ("LC_", "LANG", "PYTHONUTF8", "PYTHONIOENCODING")
     env = {name: value for name, value in os.environ.items() if not name.startswith(removed)} | {"LANG": "C"}
@@ -114,6 +115,7 @@ def test_the_same_seed_repeats_an_answer_and_another_seed_changes_it(toy_native,
     assert response(7) != response(8)
 
 
+@pytest.mark.slow
 def test_a_history_that_is_too_long_loses_its_oldest_turns_with_a_warning(toy_native, piped):
     """The context length is 1024, so that about nine questions of 100 tokens fit."""
     question = "裙" * 100
@@ -126,6 +128,7 @@ def test_a_history_that_is_too_long_loses_its_oldest_turns_with_a_warning(toy_na
     assert all(answer["response"] for answer in answers)
 
 
+@pytest.mark.slow
 def test_the_model_and_the_adapter_come_from_the_environment_and_flags_override_it(
     golden, golden_native, tmp_path, monkeypatch, glm
 ):
@@ -219,6 +222,7 @@ def test_an_unusable_model_is_one_line_that_names_the_cause(what, toy_original, 
     assert cause in glm("chat", *arguments, "--prompt", "你好").mistake()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["original", "cut short"])
 def test_a_user_error_takes_less_than_three_seconds(what, toy_original, toy_native, tmp_path):
     """CPU time: transformers, whose import takes two seconds, is not needed to find it."""

@@ -77,6 +77,7 @@ def terminal():
             each.process.wait()
 
 
+@pytest.mark.slow
 def test_a_conversation_continues_after_ctrl_c_and_a_question_that_is_too_long_until_stop(toy_native, terminal):
     session = terminal("chat", "--model", toy_native, *GREEDY, "--max-new-tokens", 900)
     assert b"`clear` starts a new conversation, `stop` ends" in session.read_until(PROMPT)
@@ -94,6 +95,7 @@ def test_a_conversation_continues_after_ctrl_c_and_a_question_that_is_too_long_u
     assert (rest.strip(), code) == (b"stop", 0)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_prompt_ends_with_130_and_a_redirected_stdout_contains_only_answers(
     toy_native, tmp_path, terminal, glm
 ):
@@ -147,6 +149,7 @@ def test_ctrl_c_at_a_single_prompt_ends_the_program(interrupted, glm):
     assert (done.code, done.out) == (130, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}], ids=["C", "POSIX"])
 def test_chinese_can_be_typed_in_every_locale(toy_native, terminal, env):
     """The bytes were taken for key codes: readline offered file names as completions."""
@@ -159,6 +162,7 @@ def test_chinese_can_be_typed_in_every_locale(toy_native, terminal, env):
     assert session.end()[1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}], ids=["UTF-8 mode", "ASCII"])
 def test_pipes_and_flags_are_utf_8_in_every_locale(toy_native, env):
     argv = [

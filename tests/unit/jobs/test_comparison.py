@@ -30,6 +30,7 @@ def tuned(glm, toy_native, rows, tmp_path):
     return tmp_path / "tuned"
 
 
+@pytest.mark.slow
 def test_base_tuned_and_quantized_are_in_one_table(glm, toy_native, toy_gguf, tuned, rows, tmp_path):
     models = ["--model", toy_native, "--model", tuned, "--model", toy_gguf]
     flags = ["--test-file", rows, "--output-dir", tmp_path / "compared", "--device", "cpu", "--max-target-length", 8]
@@ -61,6 +62,7 @@ def test_a_folder_and_a_file_of_one_name_are_told_apart():
     assert evaluate._names(models) == ["tuned-1", "tuned.gguf", "tuned-2", "other"]
 
 
+@pytest.mark.slow
 def test_a_base_model_is_asked_with_the_limits_of_the_tuned_one(glm, toy_native, tuned, rows, tmp_path, monkeypatch):
     """It has none of its own: the answers would have other lengths."""
     limits = []
@@ -75,6 +77,7 @@ def test_a_base_model_is_asked_with_the_limits_of_the_tuned_one(glm, toy_native,
     assert limits == [64, 64]
 
 
+@pytest.mark.slow
 def test_loading_an_adapter_prints_no_warning_of_a_library(toy_native, tuned, rows, tmp_path):
     """In a process of its own: the settings of these tests hide the warning."""
     words = ["--model", toy_native, "--adapter", tuned, "--test-file", rows, "--output-dir", tmp_path / "out"]

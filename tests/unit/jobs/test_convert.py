@@ -98,6 +98,7 @@ def test_an_unusable_source_is_named_and_nothing_is_written(problem, message, or
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 
+@pytest.mark.slow
 def test_a_lora_needs_its_base_and_changes_the_answers(golden, golden_native, tmp_path, glm):
     source = golden / "original-tiny-lora"
     assert "--base" in glm("convert", source, tmp_path / "lora").mistake()

@@ -23,6 +23,7 @@ def demo(tmp_path_factory):
     return folder, SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
+@pytest.mark.slow
 def test_the_demo_completes_and_prints_the_command_of_every_step(demo):
     _, done = demo
     assert done.returncode == 0, done.stderr
@@ -56,6 +57,7 @@ def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path, glm):
     assert "choose another --output-dir" in glm("demo", "--output-dir", tmp_path / "taken" / "out").mistake()
 
 
+@pytest.mark.slow
 def test_a_failed_step_ends_the_demo_with_its_name_and_code(tmp_path, glm, monkeypatch):
     monkeypatch.setattr("entrypoints.demo.model.write_demo_model", lambda folder, texts, family: None)
     done = glm("demo", "--output-dir", tmp_path / "out")

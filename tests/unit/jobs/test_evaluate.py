@@ -241,6 +241,7 @@ def test_columns_can_be_named_and_a_wrong_name_is_reported(evaluate, echo, rows_
     assert "no column 'h'" in done.mistake()
 
 
+@pytest.mark.slow
 def test_an_adapter_changes_the_answers(golden, golden_native, tmp_path, evaluate, answers, glm, monkeypatch):
     glm("convert", golden / "original-tiny-ptuning", tmp_path / "prefix")
     found = []

@@ -57,6 +57,7 @@ def prefix(toy_original, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "kind", "flags", "pages"),
     [

@@ -63,6 +63,7 @@ def large_gguf(large) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "kind", "limit"),
     [
@@ -91,6 +92,7 @@ def test_a_model_that_exceeds_the_limit_is_rejected_before_it_is_read(job, kind,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_quantizing_needs_less_memory_than_the_source_has(large, tmp_path):
     """It is written and validated layer by layer."""
     assert (large / "model.safetensors").stat().st_size > LIMIT
@@ -101,6 +103,7 @@ def test_quantizing_needs_less_memory_than_the_source_has(large, tmp_path):
     assert "mean KL 0.00000" in done.stderr  # all weights are zero
 
 
+@pytest.mark.slow
 def test_doctor_reports_the_limit():
     with limited_memory(LIMIT) as inside:
         command = [*inside, sys.executable, "-m", "entrypoints", "doctor"]

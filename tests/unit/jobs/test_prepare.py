@@ -19,6 +19,7 @@ def shortened(monkeypatch):
     monkeypatch.setattr(recipe, "SHORT_TRAINING_FLAGS", (*recipe.SHORT_TRAINING_FLAGS, "--num-train-epochs", "1"))
 
 
+@pytest.mark.slow
 def test_it_prints_the_folder_and_the_file_and_both_can_be_loaded(glm, shortened, tmp_path):
     store = tmp_path / "store"
     done = glm("prepare", "demo", store, "--quantize", "q4_0")
@@ -34,6 +35,7 @@ def test_it_prints_the_folder_and_the_file_and_both_can_be_loaded(glm, shortened
     assert not [entry for entry in store.iterdir() if entry.name.endswith((".scratch", ".partial"))]
 
 
+@pytest.mark.slow
 def test_a_gguf_file_whose_divergence_is_too_large_is_not_kept(glm, toy_native, tmp_path, monkeypatch):
     """It is validated as by `glm quantize`, before its hash is recorded."""
     from entrypoints.quantization import divergence
@@ -70,6 +72,7 @@ def tune(glm, base, rows, output, *flags):
     assert done.code == 0, done.err
 
 
+@pytest.mark.slow
 def test_a_lora_is_merged_into_its_base_which_is_found_by_its_weights(glm, toy_native, rows, tmp_path):
     """Tune, then serve: the run is prepared by its name, and again after it was repeated."""
     store, runs = tmp_path / "store", tmp_path / "runs"
@@ -91,6 +94,7 @@ def test_a_lora_is_merged_into_its_base_which_is_found_by_its_weights(glm, toy_n
     assert "has changed since it was copied" in glm("prepare", "mine", store, "--look-in", runs).err
 
 
+@pytest.mark.slow
 def test_a_lora_without_its_base_is_an_error_that_names_it(glm, toy_native, rows, tmp_path):
     tune(glm, toy_native, rows, tmp_path / "runs" / "mine", "--method", "lora")
     mistake = glm("prepare", "mine", tmp_path / "store", "--look-in", tmp_path / "runs").mistake()

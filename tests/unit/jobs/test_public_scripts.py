@@ -53,6 +53,7 @@ def script(glm, toy_native, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_with_p_tuning(script, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     output = tmp_path / "output" / "adgen-chatglm2-6b-pt-128-2e-2"
@@ -69,6 +70,7 @@ def test_train_and_evaluate_with_p_tuning(script, tmp_path, caplog):
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == before
 
 
+@pytest.mark.slow
 def test_finetune_and_evaluate(script, tmp_path):
     output = tmp_path / "output" / "adgen-chatglm2-6b-ft-1e-4"
     done = script(FINETUNE.replace("--fp16", ""), *ON_CPU, "--max_target_length", 8)
@@ -113,6 +115,7 @@ class TestParts:
         assert found["eval_loss"] == pytest.approx(trained, rel=1e-4)
         assert (found["eval_samples"], found["eval_skipped"]) == (3, 0)
 
+    @pytest.mark.slow
     def test_do_predict_after_do_train_answers_the_test_rows(self, script, tmp_path):
         flags = FINETUNE.replace("--fp16", "").replace("--predict_with_generate", "--do_predict")
         assert script(flags, *ON_CPU, "--max_target_length", 8).code == 0

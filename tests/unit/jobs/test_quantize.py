@@ -168,6 +168,7 @@ def test_each_extra_contains_the_packages_it_is_named_for():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_", FOLDER_QUANTIZATIONS)
 def test_bitsandbytes_needs_no_compiler(type_, toy_native, tmp_path):
     """A PATH without gcc and cc, and no variable that names a compiler."""
@@ -196,6 +197,7 @@ def test_a_cpu_without_avx2_is_rejected_before_llama_cpp_is_loaded(toy_native, t
         assert "this CPU has no avx2, bmi2, fma, which this build of llama.cpp needs" in glm(*command).mistake()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "type_"), [("out.gguf", "q4_0"), ("out", "nf4")])
 def test_a_disk_that_fills_up_while_writing_leaves_no_output(name, type_, toy_native, tmp_path):
     """A limit on file sizes simulates it: the check before writing does not detect that either."""
@@ -221,6 +223,7 @@ def small(toy_native, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_an_int8_folder_works_with_every_inference_command(small, rows_file, sample_rows, tmp_path, glm):
     assert f"{small}: 8 files match the manifest" in glm("verify", small).out
     facts = glm("doctor", "--model", small)

@@ -152,6 +152,7 @@ def test_stdout_contains_only_the_output_folder_and_the_weights_have_changed(tra
     assert not all(before[name].equal(after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_the_other_template_precision_and_memory_flags_work_together_and_all_logs_are_json(train, tmp_path):
     done = train(
         "--log-format", "json", "--logging-steps", 1,
@@ -163,6 +164,7 @@ def test_the_other_template_precision_and_memory_flags_work_together_and_all_log
     assert any("loss" in json.loads(line)["message"] for line in done.err.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [35, 1])
 def test_validation_rows_of_any_number_give_a_loss(count, train, rows_file):
     done = train("--validation-file", rows_file(*[ROWS[1] | {"before": []}] * count, name="dev.jsonl"))
@@ -170,6 +172,7 @@ def test_validation_rows_of_any_number_give_a_loss(count, train, rows_file):
     assert "eval_loss" in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [("lora",), ("ptuning", "--pre-seq-len", 4)], ids=lambda words: words[0])
 def test_validation_rows_give_a_loss_with_an_adapter(method, train, rows_file):
     """The Trainer would look for labels in the signature of the model, which a prefix model does not have."""
@@ -186,6 +189,7 @@ def test_an_empty_validation_file_disables_validation_with_a_warning(train, tmp_
     assert "eval_loss" not in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--logging-steps", 1), ()], ids=["logged", "before the first log line"])
 def test_a_loss_that_is_not_finite_ends_the_run(flags, train, tmp_path):
     message = train("--learning-rate", 1e30, "--max-steps", 3, *flags).mistake()
@@ -194,6 +198,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(flags, train, tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_test_rows_are_answered_and_scored_at_the_end(train, rows_file, tmp_path, glm):
     done = train(
         "--predict-with-generate", "--test-file", rows_file(*ROWS, name="test.jsonl"), "--max-target-length", 8
@@ -205,6 +210,7 @@ def test_test_rows_are_answered_and_scored_at_the_end(train, rows_file, tmp_path
     assert glm("verify", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 def test_conversations_with_tools_are_trained_with_packing_and_tested_with_the_prompt_of_the_api(
     glm, toy_native, rows_file, asked, tmp_path
 ):
@@ -239,6 +245,7 @@ def test_rows_of_similar_length_share_a_batch(toy_native, tmp_path):
     assert mixed <= len(masks) / 8
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_real_rows(golden, golden_native, tmp_path, glm):
     """Public ADGEN rows and the real vocabulary; 11.1 is the loss of a uniform distribution over 65024 ids."""
     words = ["--max-train-samples", 64, "--max-source-length", 32, "--max-target-length", 24]

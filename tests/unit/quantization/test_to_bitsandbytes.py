@@ -91,6 +91,7 @@ def run_in_new_process(folder: Path, dtype: str) -> tuple[list[int], int]:
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_", FOLDER_QUANTIZATIONS)
 def test_a_new_process_gives_the_answers_of_a_model_quantized_while_loading(type_, quantized, toy_native):
     in_memory = TransformersEngine.load(
@@ -117,6 +118,7 @@ def full_peak(larger) -> int:
     return run_in_new_process(larger, "bfloat16")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_", FOLDER_QUANTIZATIONS)
 def test_loading_never_takes_the_memory_of_the_full_model(type_, larger, full_peak, tmp_path):
     """No 16-bit copy of the weights is read on the way."""
@@ -190,6 +192,7 @@ def test_a_folder_above_the_divergence_limit_is_not_kept(toy_native, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["mps", "old driver"])
 def test_it_is_validated_on_the_cpu_whatever_gpu_there_is(device, toy_native, tmp_path, monkeypatch):
     """The work is done by then; a GPU that cannot load the folder must not discard it."""
@@ -237,6 +240,7 @@ def of_family(request, sample_rows, tmp_path_factory) -> Path:
     return folder / "native"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_", FOLDER_QUANTIZATIONS)
 def test_a_folder_of_another_family_keeps_its_format_and_answers(type_, of_family, tmp_path):
     _, found = quantize_folder(of_family, tmp_path / type_, type_)

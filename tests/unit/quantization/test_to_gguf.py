@@ -189,6 +189,7 @@ def test_the_file_of_another_model_is_above_the_limit(sharp, sharp_file, tmp_pat
         require_small_divergence(measure_file(file, other), "q8_0")
 
 
+@pytest.mark.slow
 def test_weights_that_four_bits_cannot_represent_leave_no_file(toy_native, tmp_path):
     """A large column in each block of 32, compensated in the rows before it: the other values of a block become 0."""
 
@@ -207,6 +208,7 @@ def test_weights_that_four_bits_cannot_represent_leave_no_file(toy_native, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"native", "out-f16.gguf"}
 
 
+@pytest.mark.slow
 def test_a_merged_lora_is_in_the_weights_and_in_the_provenance(lora, sharp, tmp_path):
     _, found = quantize(QuantizeOptions(sharp, tmp_path / "out.gguf", "f16", adapter=lora))
     assert found.mean_kl < 1e-3  # from the base with the LoRA computed separately
@@ -244,6 +246,7 @@ def dequantized(file):
     return {one.name: gguf.dequantize(one.data, one.tensor_type).astype(np.float64) for one in tensors}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_", IMATRIX_TYPES)
 def test_an_importance_matrix_reduces_the_error_that_its_rows_see(type_, sharp, sample_rows, tmp_path):
     """The squared error of every matrix, each column weighted by its importance."""
@@ -295,6 +298,7 @@ def test_rows_that_exceed_the_memory_are_rejected_with_the_number_that_fits(shar
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [None, "merged", "by_peft"])
 def test_one_layer_and_one_hidden_state_per_row_are_in_memory(way, lora, toy_native):
     """The memory check counts one hidden state per row; two copies would take twice that."""

@@ -71,6 +71,7 @@ def test_eval_steps_replace_the_evaluation_after_each_epoch(tune, losses, sample
     assert evaluated == [0, 2, 4, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "ptuning"])
 def test_load_best_makes_the_checkpoint_of_the_lowest_loss_the_result(
     method, tune, losses, sample_file, tmp_path, caplog
@@ -98,6 +99,7 @@ def test_without_load_best_the_result_is_the_last_step(tune, losses, sample_file
     assert all(torch.equal(result[key], last[key]) for key in last)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_knows_the_best_checkpoint_before_it(tune, losses, sample_file, tmp_path):
     losses({3: 1.0, 6: 2.0, 9: 3.0})
     settings = {"method": "lora", "validation_file": sample_file, "load_best": True, "save_total_limit": 1}
@@ -107,6 +109,7 @@ def test_a_resumed_run_knows_the_best_checkpoint_before_it(tune, losses, sample_
     assert best_checkpoint(list_checkpoints(output)).step == 3
 
 
+@pytest.mark.slow
 def test_losses_on_other_validation_rows_are_not_compared(tune, losses, sample_file, tmp_path):
     losses({3: 1.0, 6: 2.0})
     output = tune(tmp_path / "out", method="lora", max_steps=3, validation_file=sample_file)

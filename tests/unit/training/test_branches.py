@@ -156,6 +156,7 @@ class TestGoingBack:
         prepare_output_dir(output, store.find_checkpoint("auto", output))
         assert not list(output.glob("set-aside-*"))
 
+    @pytest.mark.slow
     def test_a_run_that_goes_back_writes_on_from_there(self, tune, tmp_path):
         output = tune(tmp_path / "run", method="lora", save_steps=2)
         tune(output, method="lora", save_steps=2, save_total_limit=2, resume=str(output / "checkpoint-2"))
@@ -195,6 +196,7 @@ class TestDamage:
             file.write_text(text)
             assert store.find_checkpoint("auto", tmp_path).step == 3
 
+    @pytest.mark.slow
     def test_a_run_that_passes_over_a_checkpoint_moves_it_away_and_writes_its_own(self, save, tune, tmp_path):
         output = tune(tmp_path / "run", method="lora")
         damaged = output / "checkpoint-6" / "optimizer.pt"

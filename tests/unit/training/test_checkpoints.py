@@ -27,6 +27,7 @@ def straight(tune, tmp_path_factory):
     return {method: tune(folder / method, method=method) for method in METHOD_NAMES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_three_steps_and_three_resumed_steps_equal_six_steps(method, straight, tune, logged, tmp_path):
     """Losses and weights of float32 runs with dropout are bitwise equal."""
@@ -41,6 +42,7 @@ def test_three_steps_and_three_resumed_steps_equal_six_steps(method, straight, t
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_its_second_epoch_continues_with_the_same_row_order(tune, logged, tmp_path):
     """12 steps per epoch; the order of the second epoch depends on the seed alone."""
     whole = tune(tmp_path / "whole", max_steps=16, save_steps=14)
@@ -133,6 +135,7 @@ class TestSaving:
 
         return use
 
+    @pytest.mark.slow
     def test_a_checkpoint_that_cannot_be_saved_costs_neither_the_run_nor_earlier_checkpoints(
         self, full_disk_at, tune, tmp_path, caplog
     ):
@@ -143,12 +146,14 @@ class TestSaving:
         assert check_manifest(output, hashes=True) >= 3
         assert not (output / store.PARTIAL).exists()
 
+    @pytest.mark.slow
     def test_a_result_that_cannot_be_saved_leaves_the_checkpoints(self, full_disk_at, tune, tmp_path):
         full_disk_at(3)
         with pytest.raises(UserError, match=r"saving the result failed .*; the checkpoints are intact; fix the cause"):
             tune(tmp_path / "out", method="lora")
         assert store.find_checkpoint("auto", tmp_path / "out").step == 6
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["_save_optimizer_and_scheduler", "_save_rng_state"])
     def test_a_state_that_cannot_be_saved_costs_only_its_checkpoint(self, name, tune, tmp_path, monkeypatch, caplog):
         def fail(*_):
@@ -160,6 +165,7 @@ class TestSaving:
         assert "saving checkpoint-6 failed ([Errno 28] No space left on device)" in caplog.text
         assert check_manifest(output, hashes=True) >= 3
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("method", "name"), [("full", "model.safetensors"), ("lora", LORA_FILE), ("ptuning", PREFIX_FILE)]
     )

@@ -106,6 +106,7 @@ def test_a_padded_batch_has_the_loss_of_its_rows_one_by_one(encoder, toy_engine,
             assert not together[number, len(alone) :].any()
 
 
+@pytest.mark.slow
 def test_rows_keep_their_order_with_any_number_of_workers(encoder, tmp_path, monkeypatch):
     """In blocks of 16: what does not fit into the memory is encoded a block at a time."""
     monkeypatch.setattr(collation, "BLOCK_ROWS", 16)
@@ -131,6 +132,7 @@ def test_truncated_prompts_and_answers_are_counted_in_the_log(encoder, caplog, t
     assert "truncated: 1 prompts, 1 responses" in caplog.text
 
 
+@pytest.mark.slow
 def test_there_may_be_more_workers_than_rows(encoder, tmp_path):
     assert len(written([example("裙", "好")], encoder, tmp_path / "rows", workers=8)) == 1
 
@@ -138,6 +140,7 @@ def test_there_may_be_more_workers_than_rows(encoder, tmp_path):
 SYSTEM = [Message("system", "规" * 200), Message("user", "好"), Message("assistant", "好")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_row_that_exceeds_the_limits_is_skipped_with_its_line_and_the_others_are_encoded(

@@ -27,6 +27,7 @@ def adapters(tune, tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", FILES)
 def test_a_run_starts_from_the_weights_of_the_adapter_and_with_a_new_optimizer(method, adapters, tune, tmp_path):
     """At a vanishing rate the result is the adapter itself."""
@@ -95,6 +96,7 @@ def test_an_adapter_of_another_base_model_is_refused(adapters, tune, tmp_path):
         tune(tmp_path / "out", **shape, method=method, model_name_or_path=other)
 
 
+@pytest.mark.slow
 def test_other_rows_continue_with_the_weights_of_a_checkpoint_as_the_error_message_says(tune, sample_file, tmp_path):
     lines = sample_file.read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text("".join(lines[:10]), encoding="utf-8")

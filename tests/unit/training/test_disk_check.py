@@ -58,6 +58,7 @@ def free_disk(monkeypatch):
     return set_to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_checkpoints_and_result_are_as_large_as_estimated(name, tune, context, tmp_path):
     fields = {"method": name, **METHODS[name]}

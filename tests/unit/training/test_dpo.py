@@ -179,6 +179,7 @@ def losses_of(folder, name="loss"):
     return [event[name] for event in history if name in event]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "freeze", "lora"])
 def test_a_run_starts_at_the_loss_of_equal_models_and_prefers_the_chosen_answer(
     method, tune, preference_file, tmp_path
@@ -192,6 +193,7 @@ def test_a_run_starts_at_the_loss_of_equal_models_and_prefers_the_chosen_answer(
     assert losses_of(output, "eval_loss")[-1] < 0.65
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_resumed_run_keeps_the_reference_of_its_start(method, tune, logged, preference_file, tmp_path):
     file = preference_file(*ROWS)
@@ -240,6 +242,7 @@ def test_flags_that_do_not_fit_are_rejected_at_once(flags, message, toy_native, 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_accumulated_pairs_give_the_losses_of_one_batch(tune, logged, preference_file, tmp_path):
     file = preference_file(*ROWS * 2)
     fields = {"train_file": file, "method": "lora", "objective": "dpo", "lora_dropout": 0.0, "learning_rate": 1e-3}
@@ -249,6 +252,7 @@ def test_accumulated_pairs_give_the_losses_of_one_batch(tune, logged, preference
     assert logged(parts) == pytest.approx(logged(whole), rel=2e-5)
 
 
+@pytest.mark.slow
 def test_encoded_pairs_are_read_from_disk_and_a_second_run_finds_them(tune, preference_file, tmp_path, caplog):
     file, fields = preference_file(*ROWS), {"method": "lora", "objective": "dpo", "max_steps": 1}
     output = tune(tmp_path / "out", train_file=file, **fields)
@@ -263,6 +267,7 @@ def test_encoded_pairs_are_read_from_disk_and_a_second_run_finds_them(tune, pref
     assert f"{file}: using the cached encoded rows" in caplog.text
 
 
+@pytest.mark.slow
 def test_columns_with_other_names_give_the_same_run(tune, logged, preference_file, tmp_path):
     names = {"instruction": "q", "input": "more", "history": "past", "system": "role", "chosen": "good"}
     columns = Columns("q", "good", "past", input="more", system="role", rejected="rejected")
@@ -283,6 +288,7 @@ def test_a_row_that_cannot_be_used_ends_the_run_before_the_model_is_looked_for(p
     assert "folder not found" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_qlora_starts_at_the_loss_of_equal_models_and_prefers_the_chosen_answer(tune, preference_file, tmp_path):
     """The reference is the quantized base model."""
     pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes (extra qlora)")

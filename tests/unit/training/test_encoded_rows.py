@@ -56,6 +56,7 @@ def encode(arguments, file, tokenizer):
     encoded_rows.load_encoded_rows([file], arguments, encoder(tokenizer))
 
 
+@pytest.mark.slow
 def test_of_processes_that_start_at_once_one_encodes_and_all_get_the_rows(arguments, file, toy_tokenizer):
     """No process waits in a collective call, which could time out."""
     spawn = multiprocessing.get_context("spawn")
@@ -214,6 +215,7 @@ print(len(found), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) 
 """
 
 
+@pytest.mark.slow
 def test_a_file_larger_than_the_memory_is_encoded_in_little_memory(toy_native, tmp_path):
     """400 MB in 400 rows: read at once they took more than 800 MB, in chunks about 20 MB."""
     file = tmp_path / "rows.jsonl"

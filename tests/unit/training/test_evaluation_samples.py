@@ -18,6 +18,7 @@ def samples(folder):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "ptuning"])
 def test_the_answers_of_the_last_step_are_those_of_the_finished_model(method, tune, toy_native, sample_file, tmp_path):
     folder = tune(

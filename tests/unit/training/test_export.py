@@ -84,6 +84,7 @@ def test_weights_that_change_while_they_are_written_are_detected(lora, toy_nativ
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["native", "original"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_what_an_export_needs_is_required_before_anything_slow(
@@ -160,6 +161,7 @@ def test_an_adapter_is_rejected_on_a_base_with_other_weights(lora, full, toy_nat
     export(lora, tmp_path / "out", ExportOptions(shutil.copytree(toy_native, tmp_path / "copy")))
 
 
+@pytest.mark.slow
 def test_a_prefix_cannot_be_merged_and_a_lora_needs_its_base(lora, tune, toy_native, tmp_path):
     prefix = tune(tmp_path / "prefix", method="ptuning", max_steps=1)
     with pytest.raises(UserError, match="cannot be merged into weights; load it with its converted base model"):

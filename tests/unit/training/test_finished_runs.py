@@ -51,6 +51,7 @@ def steps_of(folder):
     return [entry["step"] for entry in history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_the_same_command_says_that_it_is_finished_and_writes_nothing(finished, fine_tune, caplog):
     """Compose and the Kubernetes Job always pass --resume auto: a restarted pod must not change a finished model."""
     caplog.set_level(logging.INFO)
@@ -70,6 +71,7 @@ def test_a_run_that_would_add_no_step_is_finished_too(fields, finished, fine_tun
     assert contents(finished) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"max_steps": 6}, {"max_steps": None, "num_train_epochs": 0.5}])
 def test_more_steps_or_epochs_continue_a_finished_run(fields, finished, fine_tune):
     """24 rows in batches of 2: half an epoch is six steps."""

@@ -27,6 +27,7 @@ def general_file(sample_rows, tmp_path):
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "ptuning"])
 def test_the_report_shows_the_loss_of_task_and_general_rows_before_and_after(
     method, tune, toy_native, sample_file, tmp_path
@@ -45,6 +46,7 @@ def test_the_report_shows_the_loss_of_task_and_general_rows_before_and_after(
     assert f"{found['general']['after']:.4f}" in (output / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_probe_of_its_start(tune, tmp_path):
     whole = tune(tmp_path / "whole")
     output = tmp_path / "out"
@@ -55,6 +57,7 @@ def test_a_resumed_run_keeps_the_probe_of_its_start(tune, tmp_path):
     assert probe_of(output) == probe_of(whole)
 
 
+@pytest.mark.slow
 def test_a_run_continued_in_another_folder_takes_the_probe_of_its_start_along(tune, tmp_path):
     whole, other = tune(tmp_path / "whole"), tmp_path / "other"
     other.mkdir()
@@ -66,6 +69,7 @@ def test_a_run_continued_in_another_folder_takes_the_probe_of_its_start_along(tu
     assert {values["before"] for values in probe_of(other).values()} == {None}
 
 
+@pytest.mark.slow
 def test_the_probe_does_not_change_the_run(tune, logged, tmp_path, monkeypatch):
     """Dropout draws the same numbers with and without it."""
     with_probe = tune(tmp_path / "with", method="lora")

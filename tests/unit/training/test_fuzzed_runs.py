@@ -156,6 +156,7 @@ def damage_checkpoint(output, chance, executed):
     return file.relative_to(checkpoint).as_posix(), signed
 
 
+@pytest.mark.slow
 def test_checkpoints_to_resume_from(trained, tmp_path):
     """No file runs code; one that is used has the recorded content."""
 
@@ -176,6 +177,7 @@ def test_checkpoints_to_resume_from(trained, tmp_path):
     fuzz("checkpoints_to_resume_from", attempt, 150)
 
 
+@pytest.mark.slow
 def test_resumed_runs(trained, tune, tmp_path):
     """The whole run, as far as it gets."""
 

@@ -44,6 +44,7 @@ def test_a_lora_reads_16_bit_inputs_as_they_are(toy_native):
     torch.testing.assert_close(gradients(cast=False), gradients(cast=True), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_lora_in_bfloat16_trains_and_saves(tune, logged, tmp_path):
     output = tune(tmp_path / "out", method="lora", bf16=True, max_steps=4, learning_rate=1e-2)
     losses = logged(output)

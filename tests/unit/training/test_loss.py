@@ -160,6 +160,7 @@ def test_label_smoothing_gives_every_method_the_smoothed_loss_of_the_trainer(fie
     assert not torch.isclose(found, plain, rtol=1e-4)  # validation uses unsmoothed labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"label_smoothing": 0.1}, {"neftune_noise_alpha": 5.0}])
 def test_smoothing_and_noise_change_the_loss_and_leave_a_plain_model(fields, tune, logged, tmp_path):
     plain, changed = (tune(tmp_path / name, max_steps=2, **given) for name, given in (("a", {}), ("b", fields)))

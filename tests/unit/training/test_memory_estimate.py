@@ -354,6 +354,7 @@ check_shared_memory(8, Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_the_default_shared_memory_of_a_container_is_rejected_for_several_processes(tmp_path):
     """A real mount of 64 MB where this is allowed."""
     memory_check.check_shared_memory(8, tmp_path)  # a disk is larger

@@ -31,6 +31,7 @@ def arguments(toy_native, tmp_path, **fields):
     return TrainArguments(toy_native, tmp_path / "rows.jsonl", tmp_path / "out", **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "fields"), ADAPTERS)
 def test_an_adapter_is_saved_as_a_folder_that_the_engine_loads(method, fields, tune, toy_native, tmp_path):
     folder = tune(tmp_path / "out", method=method, learning_rate=1e-2, **fields)
@@ -46,6 +47,7 @@ def test_an_adapter_is_saved_as_a_folder_that_the_engine_loads(method, fields, t
     assert len(tuned.generate_batch([[300, 301]], Sampling(temperature=0, max_new_tokens=3))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "freeze"])
 def test_a_complete_model_is_saved_in_the_dtype_of_its_base(method, tune, toy_native, tmp_path):
     tuned, base = open_native(tune(tmp_path / "out", method=method)), open_native(toy_native)

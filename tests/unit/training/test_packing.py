@@ -65,6 +65,7 @@ def test_a_row_does_not_attend_to_rows_packed_before_it(rows, toy_engine, toy_to
     torch.testing.assert_close(*logits)
 
 
+@pytest.mark.slow
 def test_a_run_with_packing_trains_on_every_row_in_fewer_steps(tune, tmp_path, logged):
     """24 rows of about 46 tokens; two packs at a time."""
     fields = {"max_steps": None, "num_train_epochs": 1, "max_source_length": 64, "max_target_length": 127}

@@ -60,6 +60,7 @@ def test_a_position_that_was_not_recorded_follows_from_the_step():
     assert read_position({"epoch": 3, "rows": 5, "ordered_by": 4}, plan, 14) == Position(3, 5, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumed", [{"per_device_train_batch_size": 5}, {"gradient_accumulation_steps": 3}, {}])
 def test_a_run_that_resumes_with_other_batches_trains_on_each_row_once(resumed, tune, tmp_path, monkeypatch):
     seen = []

@@ -23,6 +23,7 @@ def arguments(base, folder, **fields):
     return TrainArguments(base, folder / "rows", folder / "out", **{"lora_dropout": 0.0, "pre_seq_len": None} | fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", RUNS, ids=lambda fields: "-".join(map(str, fields.values())))
 def test_an_adapter_learns_on_a_quantized_base_and_serves_on_the_plain_one(fields, tune, logged, tmp_path):
     """The result is loaded with the unquantized base model at the end of a run; it learned if its loss fell."""

@@ -129,6 +129,7 @@ def flags(toy_native, sample_file, tmp_path):
     return [str(flag) for flag in [*files, *scored, "--method", "lora", "--device", "cpu", "--logging-steps", 1]]
 
 
+@pytest.mark.slow
 def test_a_run_with_scores_reports_answers_before_and_after(flags, tmp_path, capsys):
     """Two rows are scored before the first step."""
     assert main(["train", *flags]) == 0
@@ -148,6 +149,7 @@ def test_a_run_with_scores_reports_answers_before_and_after(flags, tmp_path, cap
     assert list((tmp_path / "out" / "runs").glob("*/events.out.tfevents.*"))  # TensorBoard without a flag
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_ends_the_run_before_its_first_step(flags, tmp_path, monkeypatch):
     """Not after hours of training."""
 

@@ -31,6 +31,7 @@ def weights_of(folder):
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_two_equal_commands_give_bit_equal_losses_and_weights(name, tune, logged, tmp_path):
     """The state of the generators before a run does not matter: another command may have used them."""
@@ -44,6 +45,7 @@ def test_two_equal_commands_give_bit_equal_losses_and_weights(name, tune, logged
     assert all(torch.equal(first[tensor], second[tensor]) for tensor in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "ptuning"])
 def test_another_seed_gives_other_initial_weights(method, tune, tmp_path):
     """With hardly any learning rate the result is the initial weights."""
@@ -54,6 +56,7 @@ def test_another_seed_gives_other_initial_weights(method, tune, tmp_path):
     assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "packed"])
 def test_accumulated_batches_give_the_losses_of_one_batch(name, tune, logged, tmp_path, monkeypatch):
     """Without dropout, whose random numbers depend on the shape of a batch."""
@@ -79,6 +82,7 @@ def mean_loss(toy_native, file):
     return total / labels
 
 
+@pytest.mark.slow
 def test_the_evaluation_loss_is_the_mean_over_labels_whatever_the_batch_size(tune, toy_native, sample_rows, tmp_path):
     file = tmp_path / "rows.jsonl"
     rows = [

@@ -97,6 +97,7 @@ def start(toy_native, sample_file, folder, *flags):
     return Process(command, folder / "output")
 
 
+@pytest.mark.slow
 def test_a_killed_run_and_one_that_gets_sigterm_show_as_stopped(toy_native, sample_file, tmp_path):
     folder = tmp_path / "run"
 

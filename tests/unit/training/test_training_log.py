@@ -40,6 +40,7 @@ def test_every_logged_event_is_one_json_object_with_step_epoch_and_unix_time(tun
     assert [event["step"] for event in events if "eval_loss" in event] == [0, 3, 6]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_log_and_a_fresh_run_clears_it(tune, tmp_path):
     folder = tune(tmp_path / "out", method="lora")
     before = losses(folder)

@@ -60,6 +60,7 @@ def _record_sizes(folder):
     (folder / "checkpoint.json").write_text(json.dumps(record))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["zip", "pickle"])
 @pytest.mark.parametrize(
     ("method", "name"),
@@ -204,6 +205,7 @@ class TestDeepSpeed:
             export(received_shards, tmp_path / "exported", ExportOptions(toy_native))
         assert not (tmp_path / "executed").exists()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("honest", [(), SHARDS[1:]], ids=["optimizer", "model"])
     def test_its_conversion_to_a_universal_checkpoint_does_not_run_code(self, honest, received_shards, tmp_path):
         """In a process of its own: the optimizer states are loaded first, then those of the model."""

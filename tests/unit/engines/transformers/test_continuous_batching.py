@@ -36,6 +36,7 @@ def answers(engine, prompts, concurrency):
         return list(pool.map(lambda prompt: list(engine.generate(prompt, GREEDY)), prompts))
 
 
+@pytest.mark.slow
 def test_batched_answers_equal_those_of_plain_generation(engine, toy_engine):
     """Including prompts longer than a page (256 tokens) and than one prefill step (512)."""
     prompts = prompts_of(engine, [1, 5, 23, 255, 256, 300, 600, 900])

@@ -3,6 +3,7 @@ import sys
 import time
 
 import psutil
+import pytest
 
 INTERVAL_SECONDS = 0.2  # shorter than the default, to save time
 PROGRAM = """
@@ -29,6 +30,7 @@ def killed(dismissed: bool, wait: float) -> tuple[psutil.Process, list[psutil.Pr
     return child, started
 
 
+@pytest.mark.slow
 def test_the_children_of_a_killed_process_end_and_the_watchdog_with_them():
     child, started = killed(dismissed=False, wait=6)
     assert child in started

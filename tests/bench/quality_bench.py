@@ -1,0 +1,226 @@
+"""What each type of `glm quantize` costs in quality, on a model that has learned real text.
+
+A model of 26 million parameters with the architecture of the family is trained on public-domain text: the King James
+Bible and Chinese poems of the Tang and Song dynasties, from Debian packages. Random weights would not do: their
+probabilities are nearly uniform, and rounding hardly changes them. Each type is then written by `glm quantize` and read
+by its own engine, on text that the model has not seen.
+
+    perplexity  of the held-out text, and how much more than that of the float16 source
+    mean KL     KL(source || quantized) in nats over all positions, and its 99th percentile
+    same token  share of positions at which the most probable token is that of the source
+    answers     tokens of a greedy continuation until the first that differs from the source's, of at most 48
+
+    apt-get install bible-kjv fortunes-zh
+    python tests/bench/quality_bench.py                        40 minutes on two cores, of which training takes 30
+    python tests/bench/quality_bench.py --minutes 2 --types q8_0 q4_0
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GlmForCausalLM
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from entrypoints.chat_format.prompt import PromptFormat  # noqa: E402
+from entrypoints.chat_format.sampling import Sampling  # noqa: E402
+from entrypoints.checkpoint.conversion import convert_to_native  # noqa: E402
+from entrypoints.checkpoint.layout import ModelConfig  # noqa: E402
+from entrypoints.checkpoint.native import copy_vocabulary, save_tensors, write_config_files  # noqa: E402
+from entrypoints.checkpoint.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+from entrypoints.demo.model import write_demo_model  # noqa: E402
+from entrypoints.engines.llamacpp.engine import LlamaCppEngine  # noqa: E402
+from entrypoints.engines.loading import load_engine  # noqa: E402
+from entrypoints.engines.options import EngineOptions  # noqa: E402
+from entrypoints.engines.transformers.model import read_model_config  # noqa: E402
+from entrypoints.families import GLM4  # noqa: E402
+
+PROMPTS = PromptFormat(template="glm4", family="glm4")
+PACKAGES = "apt-get install bible-kjv fortunes-zh"
+POEMS = ("tang300", "song100")
+HELD_OUT_EVERY = 20  # one passage of 20 is not trained on
+PASSAGE_LINES = 12
+SEQUENCE, BATCH, LEARNING_RATE, WARMUP = 256, 4, 1e-3, 0.02
+SEQUENCES, ANSWER_TOKENS, PROMPT_TOKENS = 10, 48, 64
+IMATRIX_ROWS = 256
+TYPES = ("f16", "q8_0", "int8", "q5_k_m", "q4_k_m", "q4_0", "nf4")
+WITH_IMATRIX = ("q5_k_m", "q4_k_m", "q4_0")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model says of the held-out text."""
+
+    logprobs: torch.Tensor  # (T, V): after each id of each sequence but the last; NaN where llama.cpp reports none
+    answers: list[list[int]]  # greedy continuations of the first PROMPT_TOKENS ids
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, quantize, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30, help="time for training (default: 30)")
+    parser.add_argument("--types", nargs="+", default=TYPES, choices=TYPES, metavar="TYPE", help="default: all")
+    parser.add_argument("--keep", type=Path, help="folder for the trained model; an existing one is not trained again")
+    args = parser.parse_args(argv)
+    passages = read_passages()
+    held_out = passages[::HELD_OUT_EVERY]
+    training = [text for number, text in enumerate(passages) if number % HELD_OUT_EVERY]
+    with tempfile.TemporaryDirectory(prefix="quality-bench-") as name:
+        folder = Path(name)
+        native = args.keep or folder / "native"
+        if not native.is_dir():
+            _train(native, folder, training, args.minutes)
+        vocab_size = json.loads((native / "config.json").read_text())["vocab_size"]
+        sequences = _encode(native, held_out)
+        source = _read(native, sequences, vocab_size)
+        _write_rows(folder / "rows.jsonl", training)
+        print(f"{'':20}     MB        perplexity  mean KL    99 %  same token  answers positions")
+        for type_ in args.types:
+            for imatrix in (False, True)[: 1 + (type_ in WITH_IMATRIX)]:
+                output = folder / f"{type_}-{imatrix}{'' if type_ in ('int8', 'nf4') else '.gguf'}"
+                flags = ("--imatrix", folder / "rows.jsonl", "--imatrix-rows", IMATRIX_ROWS) if imatrix else ()
+                _glm("quantize", native, output, "--type", type_, *flags)
+                line = _compare(output, _read(output, sequences, vocab_size), source, sequences)
+                print(f"{type_ + (' --imatrix' if imatrix else ''):20} {line}", flush=True)
+    return 0
+
+
+def read_passages() -> list[str]:
+    """Twelve verses at a time, and the poems; in a fixed random order."""
+    try:
+        # one line for each verse, which begins with its number, and a heading for each chapter
+        bible = subprocess.run(["bible", "-l2000", "gen1:1-rev22:21"], capture_output=True, text=True, check=True)
+        poems = [Path("/usr/share/games/fortunes", name).read_text(encoding="utf-8") for name in POEMS]
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"the text is missing ({error}): {PACKAGES}") from error
+    lines = [line for line in bible.stdout.splitlines() if not re.fullmatch(r"(\d )?[A-Za-z ]+ \d+|", line)]
+    verses = [line.strip().split(" ", 1)[1] for line in lines]
+    found = ["\n".join(verses[start : start + PASSAGE_LINES]) for start in range(0, len(verses), PASSAGE_LINES)]
+    colors = re.compile(r"\x1b\[[\d;]*m")
+    found += [colors.sub("", poem).strip() for text in poems for poem in text.split("\n%\n") if poem.strip()]
+    random.Random(0).shuffle(found)
+    return found
+
+
+def _new_model(native: Path, folder: Path, passages: list[str]) -> GlmForCausalLM:
+    """A random model, and its converted folder without the weights."""
+    write_demo_model(folder / "original", passages, family=GLM4)  # bytes: no character is missing
+    convert_to_native(folder / "original", folder / "demo", PROMPTS)
+    native.mkdir(parents=True)
+    copy_vocabulary(folder / "demo", native)
+    vocab_size = json.loads((folder / "demo" / "config.json").read_text())["vocab_size"]
+    model_config = ModelConfig(8, 512, 8, 2, 64, 1536, vocab_size, 1024, 1e-5, 1)
+    write_config_files(native, model_config, "float16", load_tokenizer(folder / "demo"), PROMPTS)
+    torch.manual_seed(0)
+    return GlmForCausalLM(read_model_config(native))
+
+
+def _train(native: Path, folder: Path, passages: list[str], minutes: float) -> None:
+    """Write a converted folder with a model that was trained from random weights."""
+    model = _new_model(native, folder, passages)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    tokenizer = load_tokenizer(native)
+    stream = torch.tensor([id_ for text in passages for id_ in [*_start_ids(tokenizer), *tokenizer.encode(text)]])
+    print(f"{count / 1e6:.1f} million parameters, {len(stream) / 1e6:.2f} million tokens of text", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    begin, losses = time.monotonic(), []
+    while (done := (time.monotonic() - begin) / (minutes * 60)) < 1:
+        rate = LEARNING_RATE * min(done / WARMUP, 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        starts = torch.randint(len(stream) - SEQUENCE, (BATCH, 1))
+        ids = stream[starts + torch.arange(SEQUENCE)]  # (B, T)
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if len(losses) % 50 == 0:
+            print(f"step {len(losses)}: loss {statistics.mean(losses[-50:]):.3f}", flush=True)
+    save_tensors(model.half().state_dict(), native / "model.safetensors")
+
+
+def _start_ids(tokenizer: Tokenizer) -> list[int]:
+    return [tokenizer.special_token_id("[gMASK]"), tokenizer.special_token_id("<sop>")]
+
+
+def _encode(native: Path, texts: list[str]) -> list[list[int]]:
+    tokenizer = load_tokenizer(native)
+    encoded = (_start_ids(tokenizer) + tokenizer.encode(text) for text in texts)
+    return [ids[:SEQUENCE] for ids in encoded if len(ids) > PROMPT_TOKENS][:SEQUENCES]
+
+
+@torch.inference_mode()
+def _read(model: Path, sequences: list[list[int]], vocab_size: int) -> Reading:
+    engine = load_engine(model, EngineOptions(dtype="auto" if model.suffix else "float32"))
+    greedy = Sampling(max_new_tokens=ANSWER_TOKENS, temperature=0)
+    try:
+        if isinstance(engine, LlamaCppEngine):
+            prefixes = (ids[:length] for ids in sequences for length in range(1, len(ids)))
+            logprobs = torch.stack([_row(engine, prefix, vocab_size) for prefix in prefixes])
+        else:
+            logits = [engine.model(input_ids=torch.tensor([ids])).logits[0, :-1] for ids in sequences]
+            logprobs = torch.cat(logits).double().log_softmax(-1)
+        answers = [list(map(int, engine.generate(ids[:PROMPT_TOKENS], greedy))) for ids in sequences]
+    finally:
+        engine.close()
+    return Reading(logprobs, answers)
+
+
+def _row(engine: LlamaCppEngine, ids: list[int], vocab_size: int) -> torch.Tensor:
+    """Log probabilities (V,) after some ids, which are in the cache but for the last."""
+    row = torch.full((vocab_size,), float("nan"), dtype=torch.float64)
+    for id_, logprob in engine.generate_greedy(ids, 1, vocab_size)[0].top:
+        row[id_] = logprob
+    return row
+
+
+def _compare(model: Path, found: Reading, source: Reading, sequences: list[list[int]]) -> str:
+    next_ids = torch.tensor([id_ for ids in sequences for id_ in ids[1:]])
+    kept = ~found.logprobs.isnan().any(1)
+    ours, theirs = found.logprobs[kept], source.logprobs[kept]
+    divergences = (theirs.exp() * (theirs - ours)).sum(-1)
+    after, before = (math.exp(-float(part.gather(1, next_ids[kept, None]).mean())) for part in (ours, theirs))
+    same = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+    equal = statistics.mean(map(_common_length, found.answers, source.answers))
+    megabytes = sum(file.stat().st_size for file in ([model] if model.is_file() else model.iterdir())) / 1e6
+    return (
+        f"{megabytes:6.1f} {after:8.3f} {100 * (after / before - 1):+6.2f} % {float(divergences.mean()):8.5f} "
+        f"{float(divergences.quantile(0.99)):7.4f} {100 * same:9.1f} % {equal:8.1f} {int(kept.sum()):9}"
+    )
+
+
+def _common_length(one: list[int], other: list[int]) -> int:
+    return next((place for place, ids in enumerate(zip(one, other, strict=False)) if ids[0] != ids[1]), len(other))
+
+
+def _write_rows(file: Path, passages: list[str]) -> None:
+    """Each passage as a question and its continuation."""
+    halves = ((text[: len(text) // 2], text[len(text) // 2 :]) for text in passages[:IMATRIX_ROWS])
+    rows = (json.dumps({"content": first, "summary": second}, ensure_ascii=False) for first, second in halves)
+    file.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+
+
+def _glm(*arguments: object) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "entrypoints", *map(str, arguments)], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
