@@ -1,6 +1,6 @@
 """What each type of `glm quantize` costs in quality, on a model that has learned real text.
 
-A model of 26 million parameters with the architecture of the family is trained on public-domain text: the King James
+A model of 27 million parameters with the architecture of the family is trained on public-domain text: the King James
 Bible and Chinese poems of the Tang and Song dynasties, from Debian packages. Random weights would not do: their
 probabilities are nearly uniform, and rounding hardly changes them. Each type is then written by `glm quantize` and read
 by its own engine, on text that the model has not seen.
