@@ -1,7 +1,7 @@
 """How fast llama.cpp reads a prompt, beside what else it could be set to and what the cores can compute.
 
 Four layers of ChatGLM3-6B's width with random weights; 28 take seven times as long. One prompt at a time in a new
-process for each setting, in two rounds of opposite order. The rates are those of the product's own settings, each then
+process for each setting, in two rounds of different order. The rates are those of the product's own settings, each then
 with one setting changed:
 
     batch        tokens that are computed at a time (the product: BATCH_TOKENS in engines/llamacpp/server.py)
@@ -10,7 +10,7 @@ with one setting changed:
     matrices     floating-point operations of the matrices, as a share of torch's float32 matrix product on the same
                  threads; kernels for integers can exceed it
 
-    python tests/bench/prefill_bench.py                needs 3 GB of memory, 15 minutes on two cores
+    python tests/bench/prefill_bench.py                needs 3 GB of memory, 45 minutes on two cores
     python tests/bench/prefill_bench.py --types q4_0 --tokens 512
 """
 
@@ -70,7 +70,9 @@ def _settings(cpus: int) -> list[dict[str, object]]:
 def _report(file: Path, type_: str, lengths: list[int], settings: list[dict], limit: float) -> None:
     rates: dict[tuple[int, int], list[float]] = {}
     numbered = list(enumerate(settings))
-    for order in (numbered, numbered[::-1]):
+    half = len(numbered) // 2
+    lowcost_bench.in_a_process(read_prompts, file, {}, lengths)  # the first after writing the file is slower
+    for order in (numbered, [*numbered[half::-1], *numbered[:half:-1]]):
         for number, setting in order:
             found = lowcost_bench.in_a_process(read_prompts, file, setting, lengths)
             for length, rate in zip(lengths, found, strict=True):

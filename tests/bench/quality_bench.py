@@ -11,7 +11,7 @@ by its own engine, on text that the model has not seen.
     answers     tokens of a greedy continuation until the first that differs from the source's, of at most 48
 
     apt-get install bible-kjv fortunes-zh
-    python tests/bench/quality_bench.py                        40 minutes on two cores, of which training takes 30
+    python tests/bench/quality_bench.py                        an hour on two cores, half of it for training
     python tests/bench/quality_bench.py --minutes 2 --types q8_0 q4_0
 """
 
