@@ -92,11 +92,11 @@ def _base(folder: Path, split: int, epochs: int) -> dict:
     for name, rows in (("dev", held_out), ("first", sentences + talk), ("second", rest[1::2])):
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     write_demo_model(folder / "original", texts, seed=split)
-    _glm("convert", folder / "original", folder / "native")
-    _glm("train", "--model-name-or-path", folder / "native", "--train-file", folder / "first.jsonl",
+    run_glm("convert", folder / "original", folder / "native")
+    run_glm("train", "--model-name-or-path", folder / "native", "--train-file", folder / "first.jsonl",
          "--output-dir", folder / "base", "--learning-rate", 2e-3, "--num-train-epochs", epochs, *LIMIT_FLAGS,
          *SCHEDULE_FLAGS)  # fmt: skip
-    _glm("evaluate", "--model", folder / "base", "--test-file", folder / "dev.jsonl", "--output-dir",
+    run_glm("evaluate", "--model", folder / "base", "--test-file", folder / "dev.jsonl", "--output-dir",
          folder / "base-scores", "--max-target-length", 64, "--device", "cpu", *EVAL_FLAGS)  # fmt: skip
     return _scores(folder / "base-scores", [])
 
@@ -111,7 +111,7 @@ def _continuation_rows(ad: dict) -> Iterator[dict]:
 
 def _tuned(folder: Path, method: str, rate: str, epochs: int) -> dict:
     output = folder / f"{method}-{rate}"
-    _glm("train", "--model-name-or-path", folder / "base", "--train-file", folder / "second.jsonl",
+    run_glm("train", "--model-name-or-path", folder / "base", "--train-file", folder / "second.jsonl",
          "--output-dir", output, "--method", method, *METHOD_FLAGS.get(method, ()), "--learning-rate", rate,
          "--num-train-epochs", epochs, "--test-file", folder / "dev.jsonl", "--predict-with-generate",
          "--validation-file", folder / "dev.jsonl", *LIMIT_FLAGS, *SCHEDULE_FLAGS, *EVAL_FLAGS)  # fmt: skip
@@ -125,7 +125,8 @@ def _scores(folder: Path, losses: list[float]) -> dict:
     return {name: scores[name] for name in SCORES} | {"losses": losses}
 
 
-def _glm(*arguments: object) -> None:
+def run_glm(*arguments: object) -> None:
+    """Run a command; its error ends the measurement."""
     done = subprocess.run(
         [sys.executable, "-m", "entrypoints", *map(str, arguments)], capture_output=True, text=True, cwd=REPOSITORY
     )

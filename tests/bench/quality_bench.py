@@ -31,21 +31,22 @@ from pathlib import Path
 import torch
 from transformers import GlmForCausalLM
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from entrypoints.chat_format.prompt import PromptFormat  # noqa: E402
-from entrypoints.chat_format.sampling import Sampling  # noqa: E402
-from entrypoints.checkpoint.conversion import convert_to_native  # noqa: E402
-from entrypoints.checkpoint.layout import ModelConfig  # noqa: E402
-from entrypoints.checkpoint.native import copy_vocabulary, save_tensors, write_config_files  # noqa: E402
-from entrypoints.checkpoint.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from entrypoints.demo.model import write_demo_model  # noqa: E402
-from entrypoints.engines.llamacpp.engine import LlamaCppEngine  # noqa: E402
-from entrypoints.engines.loading import load_engine  # noqa: E402
-from entrypoints.engines.options import EngineOptions  # noqa: E402
-from entrypoints.engines.transformers.model import read_model_config  # noqa: E402
-from entrypoints.families import GLM4  # noqa: E402
+from learn_bench import run_glm
+
+from entrypoints.chat_format.prompt import PromptFormat
+from entrypoints.chat_format.sampling import Sampling
+from entrypoints.checkpoint.conversion import convert_to_native
+from entrypoints.checkpoint.layout import ModelConfig
+from entrypoints.checkpoint.native import copy_vocabulary, save_tensors, write_config_files
+from entrypoints.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from entrypoints.demo.model import write_demo_model
+from entrypoints.engines.llamacpp.engine import LlamaCppEngine
+from entrypoints.engines.loading import load_engine
+from entrypoints.engines.options import EngineOptions
+from entrypoints.engines.transformers.model import read_model_config
+from entrypoints.families import GLM4
 
 PROMPTS = PromptFormat(template="glm4", family="glm4")
 PACKAGES = "apt-get install bible-kjv fortunes-zh"
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             for imatrix in (False, True)[: 1 + (type_ in WITH_IMATRIX)]:
                 output = folder / f"{type_}-{imatrix}{'' if type_ in ('int8', 'nf4') else '.gguf'}"
                 flags = ("--imatrix", folder / "rows.jsonl", "--imatrix-rows", IMATRIX_ROWS) if imatrix else ()
-                _glm("quantize", native, output, "--type", type_, *flags)
+                run_glm("quantize", native, output, "--type", type_, *flags)
                 line = _compare(output, _read(output, sequences, vocab_size), source, sequences)
                 print(f"{type_ + (' --imatrix' if imatrix else ''):20} {line}", flush=True)
     return 0
@@ -212,14 +213,6 @@ def _write_rows(file: Path, passages: list[str]) -> None:
     halves = ((text[: len(text) // 2], text[len(text) // 2 :]) for text in passages[:IMATRIX_ROWS])
     rows = (json.dumps({"content": first, "summary": second}, ensure_ascii=False) for first, second in halves)
     file.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-
-
-def _glm(*arguments: object) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "entrypoints", *map(str, arguments)], capture_output=True, text=True, cwd=REPOSITORY
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
 
 
 if __name__ == "__main__":
