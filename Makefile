@@ -153,20 +153,23 @@ doctor: ## Check this machine, and whether containers can use its GPUs
 gpu-ready: ## Check driver, NVIDIA Container Toolkit and Docker engine for GPUs in containers
 	compose/gpu-ready
 
-# One file at a time on each worker, so that fixtures of a module are built once. Containers and clusters are tested after
-# that by one process: two stacks at a time would exceed the memory and the ports of a small machine.
+# One file at a time on each worker, so that fixtures of a module are built once; in the order of the folders, as sorting by the
+# number of tests would leave the longest files to the end. Containers, clusters and clients are tested after that, one folder
+# at a time on each worker: browsers drop connections while Docker changes the network, and two control planes or stacks at a
+# time would exceed the memory of a small machine.
 TEST_WORKERS ?= 2
-CONTAINER_TESTS := tests/images tests/compose tests/manifests tests/cluster
+CONTAINER_TESTS := tests/images tests/compose tests/cluster tests/manifests
 
 SELECTED := -m "not slow"
 
 test: $(READY) ## Run the quick tests, none of which needs a container: make test [ARGS="-k resume"] [TEST_WORKERS=4]
-	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(CONTAINER_TESTS:%=--ignore %) --ignore tests/clients \
-	  $(SELECTED) $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
+	  $(CONTAINER_TESTS:%=--ignore %) --ignore tests/clients $(SELECTED) $(ARGS)
 
 test-all: SELECTED :=
-test-all: test test-clients test-engine ## Run all tests: also slow ones, clients, images, Compose and Kubernetes manifests (a Docker engine for what runs containers)
-	$(VENV)/bin/python -m pytest $(CONTAINER_TESTS) $(ARGS)
+test-all: test test-engine $(CLIENTS_READY) ## Run all tests: also slow ones, clients, images, Compose and Kubernetes manifests (a Docker engine for what runs containers)
+	CLIENTS_VENV=$(abspath $(CLIENTS_VENV)) \
+	  $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder $(CONTAINER_TESTS) tests/clients $(ARGS)
 
 # `make test` runs the same tests with a fixed number of inputs, `make fuzz` for so many seconds each
 SEED := $(or $(SEED),$(shell date +%s))

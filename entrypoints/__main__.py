@@ -12,7 +12,7 @@ from typing import Any
 
 from entrypoints import logs
 from entrypoints.errors import UserError
-from entrypoints.hardware.resources import limit_openmp_spinning
+from entrypoints.hardware.resources import limit_garbage_collection, limit_openmp_spinning
 from entrypoints.settings import LOG_FORMATS, LOG_LEVELS, Settings
 
 COMMANDS = {
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     try:
+        limit_garbage_collection()
         module, args = parse_arguments(argv)
         limit_openmp_spinning(os.environ)  # before torch or llama.cpp load their OpenMP library
         settings = Settings.from_env(os.environ)

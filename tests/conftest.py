@@ -1,5 +1,6 @@
 """What many tests need: the reference data, and small checkpoints made once a session."""
 
+import gc
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from entrypoints.chat_format.sampling import Sampling
 from entrypoints.checkpoint.conversion import convert_to_native
 from entrypoints.demo.model import write_demo_model
 from entrypoints.engines.transformers.logits_processors import PenaltyProcessor
+from entrypoints.hardware.resources import limit_garbage_collection
 from entrypoints.quantization.gguf_writer import write_gguf
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -28,6 +30,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
     signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in ("NO_PROXY", "no_proxy"):  # a proxy of the developer's must not come between a test and its own servers
     os.environ[_name] = ",".join(filter(None, (os.environ.get(_name), "127.0.0.1", "localhost")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` one worker runs all tests of a folder, which share a control plane or servers."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(REPOSITORY / "tests").parts[0]))
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and the libraries stay until the end: no collection visits them."""
+    limit_garbage_collection()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,7 +1,9 @@
 """Memory and CPUs available to this process: those of the machine, or of its container if that is less."""
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
@@ -16,6 +18,7 @@ MEMORY_FILES = (
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
 OPENMP_SPIN_COUNT = "1000"  # of GNU OpenMP, which the PyTorch wheels contain
+GC_THRESHOLD = 10_000  # new objects between two collections; Python's default is 700
 CPUINFO_FILE = Path("/proc/cpuinfo")
 # glibc's M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX: option, value that retains freed memory, default
 MALLOC_OPTIONS = ((-1, -1, 128 << 10), (-4, 0, 65536), (-8, 1, 0))
@@ -118,3 +121,14 @@ def limit_openmp_spinning(env: MutableMapping[str, str]) -> None:
     """
     if "OMP_WAIT_POLICY" not in env:
         env.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)
+
+
+def limit_garbage_collection() -> None:
+    """Collect less often, and not at the exit of the process; call it before large libraries are imported.
+
+    They create hundreds of thousands of objects that exist until the end. Visiting these again and again took a fifth
+    of the CPU time of importing what `glm train` imports and exiting (11.1 s and 8.9 s).
+    """
+    gc.set_threshold(GC_THRESHOLD)
+    atexit.unregister(gc.freeze)  # once, although the function may be called again
+    atexit.register(gc.freeze)

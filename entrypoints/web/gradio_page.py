@@ -25,6 +25,7 @@ from entrypoints.web.visitors import Visitors
 
 UPDATE_INTERVAL_SECONDS = 0.08
 RETRY_INTERVAL_SECONDS = 4
+QUEUE_POLL_SECONDS = 0.02  # Gradio looks for events every millisecond: 9 % of a CPU while nobody uses the page
 
 
 def create_app(
@@ -48,6 +49,7 @@ def create_app(
         max_file_size=1,
         show_error=False,
     )
+    page.blocks._queue.sleep_when_free = QUEUE_POLL_SECONDS
     return app
 
 
@@ -81,12 +83,14 @@ class ChatPage:
         ui.action.tick(lambda: None, **REPEATABLE_OPTIONS)  # see page.wake in gradio_assets.py
         clicked = ui.action.click(self.act, inputs, outputs, **REPEATABLE_OPTIONS)
         clicked.then(None, ui.copied, None, js=assets.COPY, api_visibility="private")
+        # an event of its own: when a generator has ended, Gradio sends its last values again, over what was typed since
+        opened = clicked.then(self._edit_field, self.session, [ui.edit_group, ui.edit_text], **EVENT_OPTIONS)
         edit_inputs = [*visitor, ui.edit_text, *ui.options]
         saved = ui.save_edit.click(self.save_edit, edit_inputs, outputs, **REPEATABLE_OPTIONS)
         cancelled = ui.cancel_edit.click(self.cancel_edit, visitor, outputs, **EVENT_OPTIONS)
         example = ui.chat.example_select(self.submit_example, [*visitor, *ui.options], outputs, **REPEATABLE_OPTIONS)
         cleared = ui.clear.click(self.clear, visitor, outputs, **EVENT_OPTIONS)
-        for event in (clicked, saved, cancelled):
+        for event in (opened, saved, cancelled):
             event.then(None, None, None, js=assets.FOCUS_AFTER_ACTION, api_visibility="private")
         for event in (example, cleared):
             event.then(None, None, None, js=assets.FOCUS_QUESTION, api_visibility="private")
@@ -157,7 +161,7 @@ class ChatPage:
         chosen = ChatOptions(*options)
         side, _, node = event.value.partition(".")
         result = self.actions.run(session, chosen, Action(event.name, int(side), int(node)), language)
-        extra: Updates = {self.ui.copied: result.copied, **self._edit_field(session)}
+        extra: Updates = {self.ui.copied: result.copied}
         async for updates in self._show_answers(session, language, chosen):
             yield {**extra, **updates}
             extra = {}

@@ -101,9 +101,9 @@ def test_ratings_and_corrections_become_training_rows(chat, ui, scripted_api):
     expect(chat.bubbles("assistant").last).to_contain_text("坏")
     expect(chat.page.get_by_text("修正后的回答")).to_be_visible()
     wait_until(lambda: (folder / "preferences.jsonl").read_text())
-    (row,) = map(json.loads, (folder / "preferences.jsonl").read_text().splitlines())
+    row = json.loads((folder / "preferences.jsonl").read_text().splitlines()[-1])
     assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == ("say 好", "坏")
-    (row,) = map(json.loads, (folder / "answers.jsonl").read_text().splitlines())
+    row = json.loads((folder / "answers.jsonl").read_text().splitlines()[-1])
     assert [message["content"] for message in row["messages"]] == ["say 坏", "say 好"]
 
 

@@ -1,8 +1,10 @@
 """What a person notices: focus, drafts, failed questions, banners, direction of text, dark mode."""
 
 import re
+import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 from chat_drivers import DRIVERS, ChatDriver, GradioDriver
 from playwright.sync_api import expect
@@ -17,7 +19,33 @@ HIDDEN_STOPS = """(selector) => [...document.querySelectorAll(selector)].filter(
   const box = e.getBoundingClientRect();
   return e.tabIndex >= 0 && getComputedStyle(e).visibility === "visible" && box.width && box.right <= 0;
 }).length"""
+# the message that an event has ended arrives half a second later
+LATE_ENDS = """() => {
+  const request = window.fetch, encoder = new TextEncoder(), decoder = new TextDecoder();
+  window.ended = [];
+  window.fetch = async (resource, options) => {
+    const response = await request(resource, options);
+    if (!String(resource.url || resource).includes("/queue/data?")) return response;
+    const late = new TransformStream({async transform(chunk, stream) {
+      for (const message of decoder.decode(chunk, {stream: true}).split(/(?<=\\n\\n)/)) {
+        if (message.includes("process_completed")) await new Promise((go) => setTimeout(go, 500));
+        stream.enqueue(encoder.encode(message));
+        setTimeout(() => window.ended.push(message), 100);  // once it is shown
+      }
+    }});
+    return new Response(response.body.pipeThrough(late), response);
+  };
+}"""
 SIDEBARS = {"gradio": ".sidebar :is(input, textarea, button)", "streamlit": "[data-testid=stSidebar] *"}
+
+
+def test_a_page_that_nobody_uses_takes_less_than_a_twentieth_of_a_cpu(ui, chat_pages):
+    page = psutil.Process(chat_pages(ui).process.popen.pid)
+    seconds = 3
+    before = page.cpu_times()
+    time.sleep(seconds)
+    after = page.cpu_times()
+    assert after.user + after.system - before.user - before.system < seconds / 20
 
 
 def test_a_question_is_shown_as_it_was_typed(chat):
@@ -47,6 +75,23 @@ def test_the_focus_stays_in_the_input_field_and_a_draft_survives_the_answer(chat
     chat.wait_for_answer()
     chat.page.keyboard.type("!")
     expect(chat.input()).to_have_value("draft!")
+
+
+@pytest.mark.parametrize("ui", ["gradio"])
+def test_text_typed_into_a_field_that_has_just_opened_is_kept(visit):
+    """At the end of a generator Gradio sends the last values of its outputs again."""
+    chat = visit()
+    chat.ask("say 坏")
+    chat.page.evaluate(LATE_ENDS)
+    with chat.page.expect_response(lambda response: '"name":"edit"' in (response.request.post_data or "")) as joined:
+        chat.act("edit")
+    expect(chat.edit_field()).to_have_value("say 坏")
+    chat.edit_field().fill("say 好")
+    ended = "(event) => window.ended.some((text) => text.includes(event) && text.includes('completed'))"
+    chat.page.wait_for_function(ended, arg=joined.value.json()["event_id"])
+    expect(chat.edit_field()).to_have_value("say 好")
+    chat.click("save")
+    chat.expect_texts("say 好", "好")
 
 
 def test_enter_during_an_answer_sends_nothing_and_keeps_the_draft(chat, scripted_api):

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from entrypoints.hardware import resources
-from entrypoints.hardware.resources import OPENMP_SPIN_COUNT, limit_openmp_spinning
+from entrypoints.hardware.resources import GC_THRESHOLD, OPENMP_SPIN_COUNT, limit_openmp_spinning
 
 
 @pytest.fixture
@@ -171,3 +171,19 @@ def test_every_command_limits_the_spinning_before_it_loads_a_library(library, to
     flags = ["chat", "--model", model, "--prompt", "你好", "--max-new-tokens", "1"]
     done = subprocess.run([sys.executable, "-c", program, library, *flags], capture_output=True, text=True, env=env)
     assert done.stdout.splitlines()[-1] == OPENMP_SPIN_COUNT, done.stderr
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_a_command_visits_its_objects_rarely_and_not_at_its_exit(limited):
+    program = (
+        "import gc, sys\n"
+        "from entrypoints.hardware.resources import limit_garbage_collection\n"
+        "class Cycle:\n"
+        "    def __init__(self): self.own = self\n"
+        "    def __del__(self): print('collected')\n"
+        f"if {limited}: limit_garbage_collection(), limit_garbage_collection()\n"
+        "Cycle()\n"
+        "print(gc.get_threshold()[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ([f"{GC_THRESHOLD}"] if limited else ["700", "collected"])
