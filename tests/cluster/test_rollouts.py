@@ -138,7 +138,11 @@ def test_a_canary_joins_the_service_leaves_it_and_is_promoted_under_the_same_nam
 def test_a_drained_node_takes_one_replica_at_a_time(cluster):
     """The autoscaler has no metric here, so that the minimum of two replicas is set by hand."""
     namespace = "glm-production"
+    cluster.kubectl("apply", "-k", "k8s/overlays/production")
     cluster.kubectl("-n", namespace, "scale", "deployment/api", "--replicas=2")
+    cluster.kubectl("-n", namespace, "rollout", "status", "deployment/api", "--timeout=100s")
+    budget = f"/apis/policy/v1/namespaces/{namespace}/poddisruptionbudgets/api"
+    cluster.wait(lambda: cluster.get(budget)["status"].get("disruptionsAllowed") == 1, "one replica may be evicted")
     cluster.wait(lambda: len(cluster.ready_pods(namespace)) == 2, "two replicas serve")
     cluster.hold = lambda pod: pod["metadata"]["name"].startswith("api")
     try:
