@@ -149,11 +149,10 @@ def test_ctrl_c_at_a_single_prompt_ends_the_program(interrupted, glm):
     assert (done.code, done.out) == (130, "")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("env", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}], ids=["C", "POSIX"])
-def test_chinese_can_be_typed_in_every_locale(toy_native, terminal, env):
+def test_chinese_can_be_typed_in_every_locale(toy_gguf, terminal, env):
     """The bytes were taken for key codes: readline offered file names as completions."""
-    session = terminal("chat", "--model", toy_native, "--max-new-tokens", 1, "--json", *GREEDY, env=env)
+    session = terminal("chat", "--model", toy_gguf, "--max-new-tokens", 1, "--json", "--temperature", 0, env=env)
     session.read_until(PROMPT)
     session.type("你好\x7f们\tb\n".encode())
     answer = session.read_until(PROMPT).decode()
@@ -162,21 +161,10 @@ def test_chinese_can_be_typed_in_every_locale(toy_native, terminal, env):
     assert session.end()[1] == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("env", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}], ids=["UTF-8 mode", "ASCII"])
-def test_pipes_and_flags_are_utf_8_in_every_locale(toy_native, env):
-    argv = [
-        sys.executable,
-        "-m",
-        "entrypoints",
-        "chat",
-        "--model",
-        toy_native,
-        "--json",
-        "--max-new-tokens",
-        "1",
-        *GREEDY,
-    ]
+def test_pipes_and_flags_are_utf_8_in_every_locale(toy_gguf, env):
+    flags = ["--json", "--max-new-tokens", "1", "--temperature", "0"]
+    argv = [sys.executable, "-m", "entrypoints", "chat", "--model", toy_gguf, *flags]
     done = {"capture_output": True, "env": os.environ | env, "timeout": SECONDS}
     piped = subprocess.run([*argv, "--system", "甲"], input="你好\n".encode(), **done, check=True)
     flag = subprocess.run([*argv, "--system", "甲", "--prompt", "你好"], **done, check=True)
