@@ -25,7 +25,6 @@ from entrypoints.web.visitors import Visitors
 
 UPDATE_INTERVAL_SECONDS = 0.08
 RETRY_INTERVAL_SECONDS = 4
-QUEUE_POLL_SECONDS = 0.02  # Gradio looks for events every millisecond: 9 % of a CPU while nobody uses the page
 
 
 def create_app(
@@ -49,7 +48,6 @@ def create_app(
         max_file_size=1,
         show_error=False,
     )
-    page.blocks._queue.sleep_when_free = QUEUE_POLL_SECONDS
     return app
 
 
@@ -85,8 +83,7 @@ class ChatPage:
         clicked.then(None, ui.copied, None, js=assets.COPY, api_visibility="private")
         # an event of its own: when a generator has ended, Gradio sends its last values again, over what was typed since
         opened = clicked.then(self._edit_field, self.session, [ui.edit_group, ui.edit_text], **EVENT_OPTIONS)
-        edit_inputs = [*visitor, ui.edit_text, *ui.options]
-        saved = ui.save_edit.click(self.save_edit, edit_inputs, outputs, **REPEATABLE_OPTIONS)
+        saved = ui.save_edit.click(self.save_edit, [*visitor, ui.edit_text, *ui.options], outputs, **REPEATABLE_OPTIONS)
         cancelled = ui.cancel_edit.click(self.cancel_edit, visitor, outputs, **EVENT_OPTIONS)
         example = ui.chat.example_select(self.submit_example, [*visitor, *ui.options], outputs, **REPEATABLE_OPTIONS)
         cleared = ui.clear.click(self.clear, visitor, outputs, **EVENT_OPTIONS)

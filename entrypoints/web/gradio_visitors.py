@@ -10,6 +10,8 @@ from entrypoints.web.session import ChatSession
 from entrypoints.web.users import PageUser
 from entrypoints.web.visitors import is_of_another_user
 
+QUEUE_POLL_SECONDS = 0.02  # Gradio looks for events every millisecond: 9 % of a CPU while nobody uses the page
+
 
 class VisitorSession(ChatSession):
     """gr.State copies its value for each visitor: a plain copy would give the conversations of all the same id."""
@@ -19,7 +21,13 @@ class VisitorSession(ChatSession):
 
 
 class VisitorBlocks(gr.Blocks):
-    """gr.Blocks whose events are refused if their tab belongs to another user."""
+    """gr.Blocks whose events are refused if their tab belongs to another user, and whose queue lets the CPU rest."""
+
+    def queue(self, *values: Any, **options: Any) -> "VisitorBlocks":
+        """As in gr.Blocks, which calls it for a new page."""
+        super().queue(*values, **options)
+        self._queue.sleep_when_free = QUEUE_POLL_SECONDS
+        return self
 
     async def process_api(
         self, block_fn: Any, inputs: Any, state: Any = None, request: Any = None, *others: Any, **options: Any

@@ -94,16 +94,22 @@ def test_an_answer_that_was_cut_can_be_continued(visit, scripted_api):
 def test_ratings_and_corrections_become_training_rows(chat, ui, scripted_api):
     expect(chat.page.get_by_text("评价和修正会")).to_be_visible()
     folder = scripted_api.folder / ui
+
+    def rows(name: str) -> list[dict]:
+        file = folder / name
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    preferences, answers = len(rows("preferences.jsonl")), len(rows("answers.jsonl"))
     chat.ask("say 坏")
     chat.act("dislike")
-    wait_until(lambda: (folder / "ratings.jsonl").read_text())
+    wait_until(lambda: rows("ratings.jsonl"))
     chat.edit("say 好", action="correct")
     expect(chat.bubbles("assistant").last).to_contain_text("坏")
     expect(chat.page.get_by_text("修正后的回答")).to_be_visible()
-    wait_until(lambda: (folder / "preferences.jsonl").read_text())
-    row = json.loads((folder / "preferences.jsonl").read_text().splitlines()[-1])
+    wait_until(lambda: len(rows("preferences.jsonl")) > preferences)
+    (row,) = rows("preferences.jsonl")[preferences:]
     assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == ("say 好", "坏")
-    row = json.loads((folder / "answers.jsonl").read_text().splitlines()[-1])
+    (row,) = rows("answers.jsonl")[answers:]
     assert [message["content"] for message in row["messages"]] == ["say 坏", "say 好"]
 
 
