@@ -3,7 +3,7 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 from entrypoints.checkpoint.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ class CompletionStreams:
         self._server: LlamaServer | None = server
         self._tokenizer = tokenizer
         self._held_back = HeldBackTokens(tokenizer)
-        self._running: set[_Completion] = set()
+        self._running: list[_Completion] = []  # and calls that have ended since the last one started
         self._lock = threading.Lock()
 
     def stream(self, request: dict[str, Any], cancelled: threading.Event | None = None) -> Generator[Token, None, None]:
@@ -46,7 +46,7 @@ class CompletionStreams:
     def close(self) -> None:
         """End all calls with an error and free the server; returns when all threads have ended."""
         with self._lock:
-            running, self._server = list(self._running), None
+            running, self._running, self._server = self._running, [], None
         for completion in running:
             completion.closed.set()
         for completion in running:
@@ -56,14 +56,10 @@ class CompletionStreams:
         with self._lock:
             if self._server is None:
                 raise RuntimeError(CLOSED)
-            completion = _Completion(self._server, request, cancelled, self._remove)
-            self._running.add(completion)
+            completion = _Completion(self._server, request, cancelled)
             completion.thread.start()
+            self._running = [*(one for one in self._running if one.thread.is_alive()), completion]
         return completion
-
-    def _remove(self, completion: "_Completion") -> None:
-        with self._lock:
-            self._running.discard(completion)
 
     def _tokens(self, chunk: Chunk, yielded: int) -> list[Token]:
         """Tokens of one chunk of the stream; `yielded`: tokens of the chunks before it.
@@ -99,18 +95,12 @@ class _Completion:
     llama.cpp checks the events after each chunk. It sends none while the call waits for a slot, so the reader polls.
     """
 
-    def __init__(
-        self,
-        server: LlamaServer,
-        request: dict[str, Any],
-        cancelled: threading.Event | None,
-        on_end: Callable[["_Completion"], None],
-    ) -> None:
+    def __init__(self, server: LlamaServer, request: dict[str, Any], cancelled: threading.Event | None) -> None:
         self.abandoned = threading.Event()  # the reader has stopped reading
         self.closed = threading.Event()  # the engine was closed
         self._cancelled = cancelled or threading.Event()
         self._results: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, args=(server, request, on_end), name="llama", daemon=True)
+        self.thread = threading.Thread(target=self._work, args=(server, request), name="llama", daemon=True)
 
     def next_chunk(self) -> Chunk | None:
         """The next chunk; None after the last one or when cancelled. Raises the error of the call if it failed."""
@@ -124,15 +114,13 @@ class _Completion:
             raise RuntimeError(CLOSED)
         return None
 
-    def _work(self, server: LlamaServer, request: dict[str, Any], on_end: Callable[["_Completion"], None]) -> None:
+    def _work(self, server: LlamaServer, request: dict[str, Any]) -> None:
         try:
             server.handle_completions(request, self._receive)
         except BaseException as error:  # noqa: BLE001 - raised again in the reader's thread
             self._results.put(error)
         finally:
-            del server  # `CompletionStreams.close` returns when no thread holds a reference to the server
             self._results.put(None)
-            on_end(self)
 
     def _receive(self, chunk: Chunk) -> bool:
         """Take one chunk; True stops the call."""

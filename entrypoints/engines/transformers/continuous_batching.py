@@ -34,7 +34,7 @@ from entrypoints.hardware.placement import Placement, weight_bytes
 
 logger = logging.getLogger(__name__)
 CPU_BATCH_TOKENS = 512  # tokens per step; a longer prefill would delay the next token of the other answers
-POLL_SECONDS = 0.1  # how often a call that waits for a token checks whether it was cancelled
+POLL_SECONDS = 0.1  # how often a thread that waits for a token checks whether it was cancelled or closed
 FLASH_ATTENTION_CAPABILITY = (8, 0)
 # of Sampling; `cache_salt` changes no answer, and nothing of this engine is kept on disk
 BATCHED_FIELDS = ("top_k", "top_p", "temperature", "max_new_tokens", "cache_salt")
@@ -55,7 +55,8 @@ class ContinuousBatcher:
         self._closed = threading.Event()
         with torch.inference_mode():  # the loop's thread inherits this mode
             self._manager.start()
-        threading.Thread(target=self._dispatch_results, name="batch-router", daemon=True).start()
+        self._dispatcher = threading.Thread(target=self._dispatch_results, name="batch-dispatcher", daemon=True)
+        self._dispatcher.start()
 
     def supports(self, sampling: Sampling) -> bool:
         """Does batching support every option of this request?"""
@@ -100,9 +101,13 @@ class ContinuousBatcher:
             self._results.pop(request_id, None)
 
     def close(self) -> None:
-        """Stop the loop; running answers end with an error."""
+        """Stop the loop; running answers end with an error. Returns when both threads have ended.
+
+        A thread that frees the model's tensors while the interpreter exits can abort the process (pytorch#38228).
+        """
         self._closed.set()
         self._manager.stop(block=True, timeout=30, hard_stop=True)
+        self._dispatcher.join()
         self._fail_all(RuntimeError("the engine was closed"))
 
     @property
@@ -139,14 +144,14 @@ class ContinuousBatcher:
     def _dispatch_results(self) -> None:
         """Pass each result to the call that waits for it; the manager has one queue for all."""
         while not self._closed.is_set():
-            output = self._manager.get_result(timeout=0.5)
+            output = self._manager.get_result(timeout=POLL_SECONDS)
             if output is not None:
                 results = self._results.get(output.request_id)
                 if results:
                     results.put(output)
             elif not self._manager.is_running():
                 self._fail_all(RuntimeError("the batching loop ended"))
-                self._closed.wait(0.5)
+                self._closed.wait(POLL_SECONDS)
 
     def _fail_all(self, error: Exception) -> None:
         for results in list(self._results.values()):

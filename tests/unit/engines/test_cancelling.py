@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from entrypoints.chat_format.sampling import Sampling
+from entrypoints.engines.llamacpp.engine import LlamaCppEngine
 from entrypoints.engines.options import EngineOptions
 from entrypoints.engines.transformers.engine import TransformersEngine
 
@@ -95,6 +96,20 @@ def test_a_hundred_cancelled_answers_leave_the_engine_unchanged(engine):
         (cancelled.set if number % 2 else tokens.close)()
         list(tokens)
     assert list(engine.generate(prompt_of(engine), Sampling(max_new_tokens=5, temperature=0))) == expected
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("engine_class", [TransformersEngine, LlamaCppEngine])
+def test_a_closed_engine_has_no_thread(toy_native, toy_gguf, engine_class, slots):
+    """A thread that still frees tensors while the interpreter exits can abort the process."""
+    before = threading.enumerate()
+    model = toy_native if engine_class is TransformersEngine else toy_gguf
+    engine = engine_class.load(model, EngineOptions(device="cpu", threads=1, slots=slots))
+    with started(engine, Sampling(**LONG)):
+        pass
+    list(engine.generate(prompt_of(engine), Sampling(max_new_tokens=3, temperature=0)))
+    engine.close()
+    assert [thread for thread in threading.enumerate() if thread not in before] == []
 
 
 def test_greedy_answers_with_equally_likely_tokens_are_deterministic(toy_native):
