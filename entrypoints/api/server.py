@@ -44,7 +44,11 @@ class _DrainingServer(uvicorn.Server):
 def serve(
     state: ServerState, load: Callable[[], Models], listener: socket.socket, drain_seconds: int, keep_alive_seconds: int
 ) -> None:
-    """Serve until a signal; raises the exception of a failed load."""
+    """Serve until a signal; raises the exception of a failed load.
+
+    If the model is still loading, the process exits here with 0: the interpreter does not wait for that thread, and
+    PyTorch aborts a process that exits while one of its threads works (pytorch#38228).
+    """
     config = uvicorn.Config(
         create_app(state),
         log_config=None,
@@ -69,3 +73,7 @@ def serve(
         state.close()
     if state.load_error:
         raise state.load_error
+    if state.is_loading:
+        logger.info("exiting before the model is loaded")
+        logging.shutdown()
+        os._exit(0)

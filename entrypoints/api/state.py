@@ -57,6 +57,7 @@ class ServerState:
         self.engine: Engine | None = None
         self.embedder: EmbeddingEngine | None = None
         self.load_error: BaseException | None = None
+        self._loader: threading.Thread | None = None
         self.usage = usage or UsageLedger()
         self.admission = Admission(options.slots, options.queue, self.usage)
         self.embedding_queue = Admission(EMBEDDING_SLOTS, options.queue)
@@ -87,7 +88,8 @@ class ServerState:
                 self.load_error = error
                 on_failure()
 
-        threading.Thread(target=work, name="load", daemon=True).start()
+        self._loader = threading.Thread(target=work, name="load", daemon=True)
+        self._loader.start()
 
     def require_engine(self) -> Engine:
         """The loaded engine; raises RequestRejected (503) while it is not ready, ApiError (404) if there is none."""
@@ -108,6 +110,11 @@ class ServerState:
         if self.embedder is None:
             raise RequestRejected(503, "loading", "the model is loading", 5)
         return name, self.embedder
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the thread that loads the models is still running."""
+        return self._loader is not None and self._loader.is_alive()
 
     @property
     def fatal_error(self) -> str | None:

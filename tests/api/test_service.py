@@ -164,6 +164,15 @@ def test_a_second_signal_exits_at_once(scripted, env):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_loads_ends_the_server_with_0(scripted, number, tmp_path):
+    server = scripted(env={"SCRIPTED_GATE": str(tmp_path / "gate")})
+    assert server.request("GET", "/readyz")[0] == 503
+    server.signal(number)
+    assert (server.wait(), server.log.count("exiting before the model is loaded")) == (0, 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["user", "defect"])
 def test_a_failed_load_stops_the_process(scripted, kind, tmp_path):
     server = scripted(env={"SCRIPTED_GATE": str(tmp_path / "gate"), "SCRIPTED_LOAD_ERROR": kind})

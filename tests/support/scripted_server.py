@@ -6,9 +6,9 @@ loading; SCRIPTED_UNINTERRUPTIBLE, a delay before a token cannot be cancelled.
 
 import os
 import sys
-import time
 from pathlib import Path
 
+import torch
 from scripted_engine import ScriptedEngine
 
 from entrypoints.__main__ import main
@@ -28,7 +28,7 @@ class UninterruptibleEngine(ScriptedEngine):
 def load_engine(model: Path, options: EngineOptions) -> ScriptedEngine:
     """Replaces engines.loading.load_engine."""
     while "SCRIPTED_GATE" in os.environ and not Path(os.environ["SCRIPTED_GATE"]).exists():
-        time.sleep(0.01)
+        torch.ones(100_000).exp_()  # releases the GIL, as reading tensors does
     kind = os.environ.get("SCRIPTED_LOAD_ERROR")
     if kind:
         raise UserError("the weights are damaged", "fetch them again") if kind == "user" else ValueError("a defect")
