@@ -10,7 +10,7 @@ import gradio as gr
 from starlette.applications import Starlette
 
 from entrypoints.web import gradio_assets as assets
-from entrypoints.web.client import ApiClient, ModelInfo
+from entrypoints.web.client import ApiClient
 from entrypoints.web.feedback import FeedbackFile
 from entrypoints.web.gradio_html import chat_messages
 from entrypoints.web.gradio_layout import Layout, examples, theme_choices
@@ -20,7 +20,7 @@ from entrypoints.web.i18n import negotiate_language, translate
 from entrypoints.web.message_actions import Action, MessageActions
 from entrypoints.web.request_errors import ErrorMessage
 from entrypoints.web.session import ChatOptions, ChatSession, RunningAnswer, slider_ranges
-from entrypoints.web.transcript import error_text, input_hint, status_line
+from entrypoints.web.transcript import error_text, input_hint, model_label, status_line
 from entrypoints.web.visitors import Visitors
 
 UPDATE_INTERVAL_SECONDS = 0.08
@@ -82,7 +82,7 @@ class ChatPage:
         clicked = ui.action.click(self.act, inputs, outputs, **REPEATABLE_OPTIONS)
         clicked.then(None, ui.copied, None, js=assets.COPY, api_visibility="private")
         # an event of its own: when a generator has ended, Gradio sends its last values again, over what was typed since
-        opened = clicked.then(self._edit_field, self.session, [ui.edit_group, ui.edit_text], **EVENT_OPTIONS)
+        opened = clicked.then(self.open_edit_field, self.session, [ui.edit_group, ui.edit_text], **REPEATABLE_OPTIONS)
         saved = ui.save_edit.click(self.save_edit, [*visitor, ui.edit_text, *ui.options], outputs, **REPEATABLE_OPTIONS)
         cancelled = ui.cancel_edit.click(self.cancel_edit, visitor, outputs, **EVENT_OPTIONS)
         example = ui.chat.example_select(self.submit_example, [*visitor, *ui.options], outputs, **REPEATABLE_OPTIONS)
@@ -172,6 +172,11 @@ class ChatPage:
             yield {**extra, **updates}
             extra = {}
 
+    def open_edit_field(self, session: ChatSession) -> Updates:
+        """Show the text to edit, once: the same event of an earlier click would replace what was typed meanwhile."""
+        is_open = session.edited is not None and session.edited == session.opened_edit
+        return {} if is_open else self._edit_field(session)
+
     def cancel_edit(self, session: ChatSession, language: str) -> Updates:
         """Close the field of the edited text."""
         session.edited = None
@@ -220,6 +225,7 @@ class ChatPage:
         }
 
     def _edit_field(self, session: ChatSession) -> Updates:
+        session.opened_edit = session.edited
         node = session.conversation.nodes.get(session.edited or 0)
         text = self.actions.editable_text(node) if node else ""
         return {self.ui.edit_group: gr.update(visible=node is not None), self.ui.edit_text: text}
@@ -276,7 +282,7 @@ class ChatPage:
             session.error = None
         model = next((model for model in models if model.name == selected), models[0] if models else None)
         limit = slider_ranges(model.context_length if model else None)["max_tokens"].maximum
-        choices = [(_model_label(model, language), model.name) for model in models]
+        choices = [(model_label(model, language), model.name) for model in models]
         others = [(translate(language, "no_comparison"), ""), *choices]
         return {
             self.ui.model: gr.update(choices=choices, value=model.name if model else None),
@@ -292,9 +298,3 @@ def _progress(running: RunningAnswer) -> tuple[int, int]:
     is_waiting = not answer.num_deltas and not answer.tool_calls
     seconds = int(time.monotonic() - running.task.started) if is_waiting else 0
     return answer.num_deltas + len(answer.tool_calls), seconds
-
-
-def _model_label(model: ModelInfo, language: str) -> str:
-    if not model.parent:
-        return model.name
-    return translate(language, "adapter_of", name=model.name, parent=model.parent)

@@ -82,6 +82,7 @@ class ChatSession:
     last_answer: StreamedAnswer | None = None
     error: ErrorMessage | None = None
     edited: int | None = None  # id of the message whose text is being edited or corrected
+    opened_edit: int | None = None  # the same, as soon as the page shows the text in a field
     confirmed: int | None = None  # id of the message whose deletion must be confirmed
     user: str | None = None  # name of the signed-in user, empty without one; None until the page is loaded
     user_key: str = ""  # API key of the signed-in user

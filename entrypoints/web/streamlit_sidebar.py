@@ -9,6 +9,7 @@ from entrypoints.web.i18n import translate
 from entrypoints.web.message_rendering import plain_markdown
 from entrypoints.web.request_errors import ErrorMessage
 from entrypoints.web.session import ChatOptions, ChatSession, slider_ranges
+from entrypoints.web.transcript import model_label
 
 CONNECTION_ERRORS = ("unreachable", "loading", "needs_key", "wrong_key", "busy")
 
@@ -113,8 +114,7 @@ def _settings(api: ApiClient, language: str) -> None:
     models: dict[str, ModelInfo] = {model.name: model for model in st.session_state.models}
 
     def label(name: str | None) -> str:
-        parent = models[name].parent if name in models else None
-        return translate(language, "adapter_of", name=name, parent=parent) if parent else str(name)
+        return model_label(models[name], language) if name in models else str(name)
 
     model = st.selectbox(translate(language, "model"), list(models), format_func=label, key="model")
     others = [name for name in models if name != model]

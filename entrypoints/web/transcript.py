@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from entrypoints.file_writing import indented_json
-from entrypoints.web.client import Message, StreamedAnswer
+from entrypoints.web.client import Message, ModelInfo, StreamedAnswer
 from entrypoints.web.conversation import Node, Usage, is_empty
 from entrypoints.web.i18n import translate
 from entrypoints.web.request_errors import ErrorMessage
@@ -169,6 +169,13 @@ def status_line(session: ChatSession, language: str) -> str:
 
 def _usage(answer: StreamedAnswer) -> Usage:
     return Usage(answer.num_tokens(), answer.prompt_tokens, answer.seconds, answer.completion_tokens is None)
+
+
+def model_label(model: ModelInfo, language: str) -> str:
+    """Its name, and the base model of an adapter."""
+    if not model.parent:
+        return model.name
+    return translate(language, "adapter_of", name=model.name, parent=model.parent)
 
 
 def input_hint(session: ChatSession, language: str) -> str:

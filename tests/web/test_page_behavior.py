@@ -36,6 +36,7 @@ LATE_ENDS = """() => {
     return new Response(response.body.pipeThrough(late), response);
   };
 }"""
+HAS_ENDED = "(event) => window.ended.some((text) => text.includes(event) && text.includes('completed'))"
 SIDEBARS = {"gradio": ".sidebar :is(input, textarea, button)", "streamlit": "[data-testid=stSidebar] *"}
 
 
@@ -87,11 +88,35 @@ def test_text_typed_into_a_field_that_has_just_opened_is_kept(visit):
         chat.act("edit")
     expect(chat.edit_field()).to_have_value("say 坏")
     chat.edit_field().fill("say 好")
-    ended = "(event) => window.ended.some((text) => text.includes(event) && text.includes('completed'))"
-    chat.page.wait_for_function(ended, arg=joined.value.json()["event_id"])
+    chat.page.wait_for_function(HAS_ENDED, arg=joined.value.json()["event_id"])
     expect(chat.edit_field()).to_have_value("say 好")
     chat.click("save")
     chat.expect_texts("say 好", "好")
+
+
+@pytest.mark.parametrize("ui", ["gradio"])
+def test_text_typed_into_a_field_that_was_clicked_twice_is_kept(visit):
+    """Each click is followed by an event that fills the field; the second one arrives when something was typed."""
+    chat = visit()
+    chat.ask("say 坏")
+    chat.page.evaluate(LATE_ENDS)
+    filling = []
+
+    def hold_the_second(route):
+        if route.request.post_data_json["data"] == [None]:  # the only event whose one input is the session
+            filling.append(route)
+        if len(filling) < 2 or filling[1] is not route:
+            route.continue_()
+
+    chat.page.route("**/queue/join*", hold_the_second)
+    chat.action("edit").last.evaluate("(button) => { button.click(); button.click(); }")
+    expect(chat.edit_field()).to_have_value("say 坏")
+    chat.edit_field().fill("say 好")
+    chat.wait_for(lambda: chat.texts() and len(filling) == 2)
+    with chat.page.expect_response(lambda response: response.request == filling[1].request) as joined:
+        filling[1].continue_()
+    chat.page.wait_for_function(HAS_ENDED, arg=joined.value.json()["event_id"])
+    expect(chat.edit_field()).to_have_value("say 好")
 
 
 def test_enter_during_an_answer_sends_nothing_and_keeps_the_draft(chat, scripted_api):

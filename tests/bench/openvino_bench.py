@@ -1,0 +1,143 @@
+"""Reading a prompt and generating on a CPU: llama.cpp as the product runs it, and OpenVINO with 4 bits.
+
+Eight layers of ChatGLM3-6B's width with random weights. Both run in turn, each time in a new process, with one thread
+for each CPU. OpenVINO gets the weights that `optimum-intel` quantizes (INT4_SYM; embedding and output layer in 8 bits)
+and is called directly, without the library's generate(). It has packages of its own, in an environment of its own:
+
+    python -m venv .venv-openvino
+    .venv-openvino/bin/pip install 'optimum-intel[openvino]==2.2.0' 'transformers<5'
+    python tests/bench/openvino_bench.py --python .venv-openvino/bin/python      needs 12 GB of memory, 10 minutes
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LAYERS = 8
+NEW_TOKENS = 32
+LENGTHS = (128, 512, 2048)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the model for both, measure in turn, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", default=sys.executable, help="interpreter that has optimum-intel")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--types", nargs="+", default=["q4_0", "q4_k_m"], help="as in glm quantize")
+    parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 128], help="of OpenVINO's 4 bits")
+    parser.add_argument("--export", nargs=3, metavar=("NATIVE", "FOLDER", "GROUP"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.export:
+        _export(Path(args.export[0]), Path(args.export[1]), int(args.export[2]))
+    elif args.measure:
+        print(json.dumps(_measure_openvino(args.measure)))
+    else:
+        _compare(args)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> None:
+    import lowcost_bench
+
+    with tempfile.TemporaryDirectory(prefix="openvino-bench-") as name:
+        folder = Path(name)
+        native = folder / "native"
+        lowcost_bench.in_a_process(lowcost_bench.write_random_model, native, args.layers)
+        files = {type_: folder / f"{type_}.gguf" for type_ in args.types}
+        for type_, file in files.items():
+            lowcost_bench.quantize(native, file, type_)
+        groups = {f"OpenVINO int4, groups of {size}": folder / f"openvino-{size}" for size in args.group_sizes}
+        for size, target in zip(args.group_sizes, groups.values(), strict=True):
+            subprocess.run([args.python, __file__, "--export", native, target, str(size)], check=True)
+        rates: dict[str, list[list[float]]] = {}
+        for _ in range(args.rounds):
+            for name, file in files.items():
+                found = lowcost_bench.in_a_process(_measure_llama, file)
+                rates.setdefault(f"llama.cpp {name}", []).append(found)
+            for name, target in groups.items():
+                command = [args.python, __file__, "--measure", str(target)]
+                printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                rates.setdefault(name, []).append(json.loads(printed.splitlines()[-1]))
+        _report(rates)
+
+
+def _report(rates: dict[str, list[list[float]]]) -> None:
+    medians = {name: [statistics.median(column) for column in zip(*runs, strict=True)] for name, runs in rates.items()}
+    first = next(iter(medians.values()))
+    titles = [f"{length} tokens read" for length in LENGTHS] + ["generated"]
+    print(f"tokens/s, and as a share of {next(iter(medians))}: {', '.join(titles)}")
+    for name, columns in medians.items():
+        shares = (f"{rate:.1f} ({rate / base:.2f})" for rate, base in zip(columns, first, strict=True))
+        print(f"{name}: {', '.join(shares)}", flush=True)
+
+
+def _prompt(length: int) -> list[int]:
+    return [100 + length % 97, *(1000 + (place * 7919) % 2000 for place in range(length - 1))]
+
+
+def _measure_llama(file: Path) -> list[float]:
+    """Tokens per second of reading each prompt and of generating after the last one."""
+    from entrypoints.checkpoint.gguf_reader import open_gguf
+    from entrypoints.engines.llamacpp.server import start_server
+    from entrypoints.engines.options import EngineOptions
+
+    server = start_server(open_gguf(file), EngineOptions(context_length=max(LENGTHS) + 64))
+    rates, last = [], {}
+    for length in (32, *LENGTHS):
+        request = {"prompt": _prompt(length), "n_predict": NEW_TOKENS, "cache_prompt": False, "ignore_eos": True}
+        server.handle_completions(request, last.update)
+        assert (last["timings"]["prompt_n"], last["timings"]["predicted_n"]) == (length, NEW_TOKENS)
+        rates.append(last["timings"]["prompt_per_second"])
+    return [*rates[1:], last["timings"]["predicted_per_second"]]
+
+
+def _export(native: Path, folder: Path, group_size: int) -> None:
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    bits = OVWeightQuantizationConfig(bits=4, sym=True, group_size=group_size, ratio=1.0)
+    OVModelForCausalLM.from_pretrained(native, export=True, compile=False, quantization_config=bits).save_pretrained(
+        folder
+    )
+
+
+def _measure_openvino(folder: Path) -> list[float]:
+    """As `_measure_llama`."""
+    import numpy as np
+    import openvino
+
+    compiled = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+    request = compiled.create_infer_request()
+
+    def step(ids: list[int], past: int) -> int:
+        """The most probable token after `ids`, which follow `past` tokens in the model's state."""
+        total = past + len(ids)
+        inputs = {
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(past, total)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        return int(request.infer(inputs)["logits"][0, -1].argmax())
+
+    rates, generated = [], 0.0
+    for length in (32, *LENGTHS):
+        request.reset_state()
+        start = time.monotonic()
+        token = step(_prompt(length), 0)
+        middle = time.monotonic()
+        for place in range(length, length + NEW_TOKENS - 1):
+            token = step([token], place)
+        generated = (NEW_TOKENS - 1) / (time.monotonic() - middle)
+        rates.append(length / (middle - start))
+    return [*rates[1:], generated]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
