@@ -70,10 +70,11 @@ def serve(
     try:
         server.run(sockets=[listener])
     finally:
+        was_loading = state.is_loading  # a model that is loaded later than this is not closed
         state.close()
     if state.load_error:
         raise state.load_error
-    if state.is_loading:
+    if was_loading:
         logger.info("exiting before the model is loaded")
         logging.shutdown()
         os._exit(0)

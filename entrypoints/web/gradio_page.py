@@ -225,6 +225,7 @@ class ChatPage:
         }
 
     def _edit_field(self, session: ChatSession) -> Updates:
+        """Open the field with the text to edit; close it if nothing is edited."""
         session.opened_edit = session.edited
         node = session.conversation.nodes.get(session.edited or 0)
         text = self.actions.editable_text(node) if node else ""

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 LAYERS = 8
@@ -46,25 +48,22 @@ def main(argv: list[str] | None = None) -> int:
 def _compare(args: argparse.Namespace) -> None:
     import lowcost_bench
 
+    measures: dict[str, Callable[[], list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="openvino-bench-") as name:
-        folder = Path(name)
-        native = folder / "native"
+        native = Path(name) / "native"
         lowcost_bench.in_a_process(lowcost_bench.write_random_model, native, args.layers)
-        files = {type_: folder / f"{type_}.gguf" for type_ in args.types}
-        for type_, file in files.items():
+        for type_ in args.types:
+            file = Path(name) / f"{type_}.gguf"
             lowcost_bench.quantize(native, file, type_)
-        groups = {f"OpenVINO int4, groups of {size}": folder / f"openvino-{size}" for size in args.group_sizes}
-        for size, target in zip(args.group_sizes, groups.values(), strict=True):
-            subprocess.run([args.python, __file__, "--export", native, target, str(size)], check=True)
-        rates: dict[str, list[list[float]]] = {}
+            measures[f"llama.cpp {type_}"] = partial(_measure_llama, file)
+        for size in args.group_sizes:
+            folder = Path(name) / f"openvino-{size}"
+            subprocess.run([args.python, __file__, "--export", native, folder, str(size)], check=True)
+            measures[f"OpenVINO int4, groups of {size}"] = partial(_measure_with, args.python, folder)
+        rates: dict[str, list[list[float]]] = {way: [] for way in measures}
         for _ in range(args.rounds):
-            for name, file in files.items():
-                found = lowcost_bench.in_a_process(_measure_llama, file)
-                rates.setdefault(f"llama.cpp {name}", []).append(found)
-            for name, target in groups.items():
-                command = [args.python, __file__, "--measure", str(target)]
-                printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                rates.setdefault(name, []).append(json.loads(printed.splitlines()[-1]))
+            for way, measure in measures.items():
+                rates[way].append(measure())
         _report(rates)
 
 
@@ -78,33 +77,28 @@ def _report(rates: dict[str, list[list[float]]]) -> None:
         print(f"{name}: {', '.join(shares)}", flush=True)
 
 
-def _prompt(length: int) -> list[int]:
-    return [100 + length % 97, *(1000 + (place * 7919) % 2000 for place in range(length - 1))]
-
-
 def _measure_llama(file: Path) -> list[float]:
     """Tokens per second of reading each prompt and of generating after the last one."""
-    from entrypoints.checkpoint.gguf_reader import open_gguf
-    from entrypoints.engines.llamacpp.server import start_server
-    from entrypoints.engines.options import EngineOptions
+    import lowcost_bench
+    import prefill_bench
 
-    server = start_server(open_gguf(file), EngineOptions(context_length=max(LENGTHS) + 64))
-    rates, last = [], {}
-    for length in (32, *LENGTHS):
-        request = {"prompt": _prompt(length), "n_predict": NEW_TOKENS, "cache_prompt": False, "ignore_eos": True}
-        server.handle_completions(request, last.update)
-        assert (last["timings"]["prompt_n"], last["timings"]["predicted_n"]) == (length, NEW_TOKENS)
-        rates.append(last["timings"]["prompt_per_second"])
-    return [*rates[1:], last["timings"]["predicted_per_second"]]
+    timings = lowcost_bench.in_a_process(prefill_bench.read_prompts, file, {}, LENGTHS, NEW_TOKENS)
+    return [*(each["prompt_per_second"] for each in timings), timings[-1]["predicted_per_second"]]
+
+
+def _measure_with(python: str, folder: Path) -> list[float]:
+    """`_measure_openvino` in a process of this interpreter."""
+    command = [python, __file__, "--measure", str(folder)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(printed.splitlines()[-1])
 
 
 def _export(native: Path, folder: Path, group_size: int) -> None:
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
     bits = OVWeightQuantizationConfig(bits=4, sym=True, group_size=group_size, ratio=1.0)
-    OVModelForCausalLM.from_pretrained(native, export=True, compile=False, quantization_config=bits).save_pretrained(
-        folder
-    )
+    model = OVModelForCausalLM.from_pretrained(native, export=True, compile=False, quantization_config=bits)
+    model.save_pretrained(folder)
 
 
 def _measure_openvino(folder: Path) -> list[float]:
@@ -130,7 +124,7 @@ def _measure_openvino(folder: Path) -> list[float]:
     for length in (32, *LENGTHS):
         request.reset_state()
         start = time.monotonic()
-        token = step(_prompt(length), 0)
+        token = step(list(range(1000, 1000 + length)), 0)
         middle = time.monotonic()
         for place in range(length, length + NEW_TOKENS - 1):
             token = step([token], place)
