@@ -1,6 +1,7 @@
 """Server processes of tests, terminated by process id."""
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,13 +23,28 @@ PAGE_KEY = "sk-page"
 SLOW_KEYS = {"gradio": "sk-slow-gradio", "streamlit": "sk-slow-streamlit"}  # limited to one request per minute
 
 
+def ports() -> Iterator[int]:
+    """The ports of this pytest-xdist worker, below the kernel's ephemeral range, in an order that no seed determines.
+
+    Training in the test process seeds `random`, on each worker with the same number. Two workers that then draw the
+    same port within the seconds that a server needs to start both take the first server for their own.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % workers
+    own = range(20_000 + worker, 32_000, workers)
+    return itertools.cycle(random.SystemRandom().sample(own, len(own)))
+
+
+PORTS = ports()
+
+
 def free_port() -> int:
-    """A free port below the kernel's ephemeral range, so that no outgoing connection can take it meanwhile."""
-    while True:
-        port = random.randrange(20_000, 32_000)
+    """A free port that neither an outgoing connection nor another worker takes before the server listens on it."""
+    for port in PORTS:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    raise AssertionError("the ports never end")
 
 
 class Process:
