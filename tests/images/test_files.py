@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from containers import DOCKERFILE, IMAGES, REPOSITORY
 
-from entrypoints.engines.llamacpp.cpu_features import VARIANTS
+from entrypoints.engines.llamacpp.cpu_features import ALL_VARIANTS
 
 FOLDER = REPOSITORY / "images"
 LOCKS = sorted((FOLDER / "requirements").glob("*.lock"))
@@ -141,8 +141,11 @@ def test_weights_in_the_repository_are_not_sent_to_the_engine(engine, tmp_path):
 
 
 def test_the_script_compiles_the_cpu_code_that_the_engine_selects_from():
-    compiled = re.search(r"^variants=\((.+)\)$", (FOLDER / "scripts/llamacpp").read_text(), re.MULTILINE)[1].split()
-    assert compiled == list(VARIANTS)
+    script = (FOLDER / "scripts/llamacpp").read_text()
+    compiled = {
+        machine: names.split() for machine, names in re.findall(r"^  (\w+)\) variants=\((.+)\) ;;$", script, re.M)
+    }
+    assert compiled == {machine: list(variants) for machine, variants in ALL_VARIANTS.items()}
 
 
 def test_compiling_without_a_compiler_is_rejected_with_the_command_that_installs_it(tmp_path):

@@ -1,7 +1,8 @@
 """The CPU code of llama.cpp: what it needs, which variant of it is loaded, what it does not use.
 
-The published build of xllamacpp has the code for CPUs with AVX2. Beside it, in the folder `glm_llamacpp_cpu` that
-`images/scripts/llamacpp` compiles, are libraries for newer CPUs; the widest one that this CPU runs replaces that code.
+The published build of xllamacpp has the code for x86 CPUs with AVX2, and for Arm CPUs without dot products. Beside it,
+in the folder `glm_llamacpp_cpu` that `images/scripts/llamacpp` compiles, are libraries for newer CPUs; the widest one
+that this CPU runs replaces that code.
 """
 
 import ctypes
@@ -18,13 +19,23 @@ VARIANTS_FOLDER = "glm_llamacpp_cpu"
 REQUIRED_CPU_FLAGS = ("avx2", "bmi2", "f16c", "fma")  # what the published x86 build of xllamacpp is compiled for
 AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 AMX = {"avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_tile", "amx_int8"}
-VARIANTS = {  # from the narrowest to the widest, with the flags that each needs besides the required ones
-    "alderlake": {"avx_vnni"},
-    "skylakex": AVX512,
-    "cascadelake": AVX512 | {"avx512_vnni"},
-    "sapphirerapids": AVX512 | AMX,
+ARMV8_2 = {"asimddp", "asimdhp"}  # dot products and half precision
+# For each architecture from the narrowest to the widest, with the flags that each needs besides the required ones
+ALL_VARIANTS = {
+    "x86_64": {
+        "alderlake": {"avx_vnni"},
+        "skylakex": AVX512,
+        "cascadelake": AVX512 | {"avx512_vnni"},
+        "sapphirerapids": AVX512 | AMX,
+    },
+    "aarch64": {
+        "armv8.2_2": ARMV8_2,
+        "armv8.6_1": ARMV8_2 | {"sve", "i8mm"},
+        "armv8.6_2": ARMV8_2 | {"sve", "i8mm", "sve2"},
+    },
 }
-# Instruction sets of newer x86 CPUs that speed up matrix multiplication: llama.cpp's name, and that of Linux
+VARIANTS = ALL_VARIANTS.get(platform.machine(), {})
+# Instruction sets of newer CPUs that speed up matrix multiplication: llama.cpp's name, and that of Linux
 OPTIONAL_CPU_FLAGS = {
     "AVX_VNNI": "avx_vnni",
     "AVX512": "avx512f",
@@ -32,6 +43,10 @@ OPTIONAL_CPU_FLAGS = {
     "AVX512_VNNI": "avx512_vnni",
     "AVX512_BF16": "avx512_bf16",
     "AMX_INT8": "amx_int8",
+    "DOTPROD": "asimddp",
+    "FP16_VA": "asimdhp",
+    "SVE": "sve",
+    "MATMUL_INT8": "i8mm",
 }
 NAME, REGISTRATION = ctypes.c_char_p, ctypes.c_void_p
 LogFunction = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -43,10 +58,11 @@ def load_cpu_code() -> str | None:
     Call it before llama.cpp computes anything. Raises UserError where llama.cpp would crash with SIGILL, or the variant
     does not fit the installed library.
     """
-    _require_flags(
-        REQUIRED_CPU_FLAGS,
-        "use another machine, or a converted folder with transformers; a virtual machine may hide CPU features",
-    )
+    if platform.machine() == "x86_64":
+        _require_flags(
+            REQUIRED_CPU_FLAGS,
+            "use another machine, or a converted folder with transformers; a virtual machine may hide CPU features",
+        )
     if library := _variant():
         _replace_cpu_code(library)
         return library.stem.removeprefix("libggml-cpu-")
@@ -56,12 +72,12 @@ def load_cpu_code() -> str | None:
 
 
 def unused_cpu_features() -> list[str]:
-    """Optional features of this x86 CPU that the build does not use, by llama.cpp's names."""
+    """Optional features of this CPU that the build does not use, by llama.cpp's names."""
     folder = _variants_folder()
     if folder and folder.is_dir():  # a variant without them is as fast
         return []
     flags, used = cpu_flags(), _compiled_features()
-    return [name for name, flag in OPTIONAL_CPU_FLAGS.items() if _is_x86() and flag in flags and name not in used]
+    return [name for name, flag in OPTIONAL_CPU_FLAGS.items() if flag in flags and name not in used]
 
 
 def _variants_folder() -> Path | None:
@@ -101,7 +117,7 @@ def _replace_cpu_code(variant: Path) -> None:
 def _require_flags(required: tuple[str, ...], remedy: str) -> None:
     flags = cpu_flags()
     missing = [flag for flag in required if flag not in flags]
-    if flags and missing and _is_x86():
+    if flags and missing:
         raise UserError(f"this CPU has no {', '.join(missing)}, which this build of llama.cpp needs", remedy)
 
 
@@ -113,7 +129,3 @@ def _compiled_features() -> list[str]:
     entries = xllamacpp.get_system_info().replace("|", ":").split(":")  # "CPU : AVX2 = 1 | AVX512 = 1 | ..."
     enabled = {entry.split("=")[0].strip() for entry in entries if entry.strip().endswith("= 1")}
     return [name for name in OPTIONAL_CPU_FLAGS if name in enabled]
-
-
-def _is_x86() -> bool:
-    return platform.machine() in ("x86_64", "AMD64")

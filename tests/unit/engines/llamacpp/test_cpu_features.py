@@ -1,4 +1,5 @@
 import importlib.metadata
+import itertools
 import platform
 
 import pytest
@@ -20,6 +21,7 @@ def cpu(tmp_path, monkeypatch):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
         monkeypatch.setattr(resources, "CPUINFO_FILE", tmp_path / "cpuinfo")
         monkeypatch.setattr(platform, "machine", lambda: machine)
+        monkeypatch.setattr(cpu_features, "VARIANTS", cpu_features.ALL_VARIANTS[machine])
         monkeypatch.setattr(xllamacpp, "get_system_info", lambda: build)
         monkeypatch.setattr(cpu_features, "_variants_folder", lambda: None)
 
@@ -30,11 +32,19 @@ def cpu(tmp_path, monkeypatch):
 def variants(tmp_path, monkeypatch):
     """A folder with an empty file for each variant; loading one only records its name."""
     loaded = []
-    for name in cpu_features.VARIANTS:
+    for name in itertools.chain(*cpu_features.ALL_VARIANTS.values()):
         (tmp_path / f"libggml-cpu-{name}.so").touch()
     monkeypatch.setattr(cpu_features, "_variants_folder", lambda: tmp_path)
     monkeypatch.setattr(cpu_features, "_replace_cpu_code", loaded.append)
     return loaded
+
+
+# /proc/cpuinfo of Arm servers, as Linux prints it there
+KUNPENG_920 = (
+    "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma dcpop asimddp asimdfhm"
+)
+GRAVITON_3 = f"{KUNPENG_920} lrcpc sha3 sha512 sve i8mm bf16 rng"
+GRAVITON_4 = f"{GRAVITON_3} sve2 sveaes svebitperm svei8mm svebf16"
 
 
 @pytest.mark.parametrize(
@@ -65,8 +75,14 @@ def test_a_build_for_a_newer_cpu_is_rejected_on_an_older_one(cpu):
 def test_features_that_a_build_does_not_use_are_named(cpu):
     cpu(f"flags\t: {PLAIN} avx512f avx512_vnni amx_int8", build="CPU : AVX2 = 1 | AVX512 = 1 | AVX512_VNNI = 0 | ")
     assert cpu_features.unused_cpu_features() == ["AVX512_VNNI", "AMX_INT8"]
-    cpu("Features\t: asimd avx512f", "aarch64")
-    assert cpu_features.unused_cpu_features() == []
+    cpu(f"Features\t: {KUNPENG_920}", "aarch64", build="CPU : NEON = 1 | ARM_FMA = 1 | LLAMAFILE = 1 | ")
+    assert cpu_features.unused_cpu_features() == ["DOTPROD", "FP16_VA"]
+
+
+def test_an_arm_build_for_a_newer_cpu_is_rejected_on_an_older_one(cpu):
+    cpu("Features\t: fp asimd crc32", "aarch64", build="CPU : NEON = 1 | ARM_FMA = 1 | DOTPROD = 1 | ")
+    with pytest.raises(UserError, match=r"no asimddp.*for another CPU: install the published xllamacpp"):
+        cpu_features.load_cpu_code()
 
 
 AVX512 = f"{PLAIN} avx512f avx512cd avx512bw avx512dq avx512vl"
@@ -95,6 +111,24 @@ def test_the_widest_variant_that_the_cpu_runs_is_loaded(flags, name, cpu, varian
     assert cpu_features.load_cpu_code() == name
     assert [file.name for file in variants] == ([f"libggml-cpu-{name}.so"] if name else [])
     assert cpu_features.unused_cpu_features() == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("fp asimd evtstrm aes pmull sha1 sha2 crc32", None),
+        (KUNPENG_920, "armv8.2_2"),
+        (f"{KUNPENG_920} i8mm bf16", "armv8.2_2"),  # Apple M2 in a virtual machine: no SVE
+        (GRAVITON_3, "armv8.6_1"),
+        (GRAVITON_4, "armv8.6_2"),
+    ],
+    ids=["cortex-a72", "kunpeng-920", "apple-m2", "graviton-3", "graviton-4"],
+)
+def test_the_widest_variant_that_the_arm_cpu_runs_is_loaded(flags, name, cpu, variants, tmp_path, monkeypatch):
+    cpu(f"Features\t: {flags}", "aarch64", build="CPU : NEON = 1 | ARM_FMA = 1 | ")
+    monkeypatch.setattr(cpu_features, "_variants_folder", lambda: tmp_path)
+    assert cpu_features.load_cpu_code() == name
+    assert [file.name for file in variants] == ([f"libggml-cpu-{name}.so"] if name else [])
 
 
 def test_a_cpu_below_the_narrowest_code_is_rejected_although_variants_are_installed(cpu, variants):
