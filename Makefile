@@ -234,6 +234,14 @@ bench: $(READY) ## Run the benchmarks of conversion, reading rows, training, ser
 	$(VENV)/bin/python tests/bench/serve_bench.py
 	$(VENV)/bin/python tests/bench/web_bench.py
 
+# OpenVINO where its environment exists (openvino_bench.py --help)
+bench-cpu: $(READY) ## Measure the 6B on CPUs: start, generating, reading prompts, busy hosts, quality of each type (two hours, 17 GB of disk)
+	$(VENV)/bin/python tests/bench/lowcost_bench.py
+	$(VENV)/bin/python tests/bench/prefill_bench.py --defaults
+	$(VENV)/bin/python tests/bench/shared_cpu_bench.py
+	$(if $(wildcard .venv-openvino/bin/python),$(VENV)/bin/python tests/bench/openvino_bench.py --python .venv-openvino/bin/python)
+	$(VENV)/bin/python tests/bench/quality_bench.py
+
 test-gpu: ## Check everything that needs a CUDA GPU, on one card in nine minutes: make test-gpu [PARTS="numbers loss"]
 	$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3) tests/gpu/run.py $(PARTS)
 
@@ -287,4 +295,4 @@ k8s-rendered: ## Update the reviewed renderings in tests/manifests/rendered afte
 clean: ## Remove the virtual environments and the output of the demo
 	rm -rf $(VENV) $(VLLM_VENV) $(ENGINE_VENV) $(CLIENTS_VENV) demo build *.egg-info
 
-.PHONY: help venv demo up down remove switch backup restore logs chat serve evaluate quantize train llamacpp doctor gpu-ready test test-all test-clients test-engine fuzz test-vllm lint fix bench test-gpu bench-gpu soak lock images wheelhouse pins sbom audit test-images-full k8s-registry k8s-rendered clean
+.PHONY: help venv demo up down remove switch backup restore logs chat serve evaluate quantize train llamacpp doctor gpu-ready test test-all test-clients test-engine fuzz test-vllm lint fix bench bench-cpu test-gpu bench-gpu soak lock images wheelhouse pins sbom audit test-images-full k8s-registry k8s-rendered clean
