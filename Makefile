@@ -277,8 +277,8 @@ sbom: $(READY) ## Write sbom/NAME.json (CycloneDX) for each built image
 audit: $(READY) ## Compare the lock files with published advisories: make audit [ADVISORIES=all.zip] (a file or a folder)
 	$(VENV)/bin/python images/scripts/audit.py $(ADVISORIES)
 
-test-images-full: $(READY) images ## Build all images and run their tests, including vLLM
-	REQUIRE_IMAGES="$(IMAGES)" $(VENV)/bin/python -m pytest tests/images
+test-images-full: $(READY) images ## Build all images and run their tests, including vLLM and the code for Arm
+	TEST_ARM64=1 REQUIRE_IMAGES="$(IMAGES)" $(VENV)/bin/python -m pytest tests/images
 
 # needs kubectl with kustomize 5; IMAGE_PREFIX is the registry and path from which the nodes pull
 KUBECTL ?= kubectl

@@ -1,6 +1,6 @@
 """The code of llama.cpp for Arm, compiled by the script of the images and run under emulation.
 
-`make test-images-full` on an x86 machine runs this if the Debian packages below are installed.
+`make test-images-full` runs this; it takes two minutes and needs the Debian packages below.
 """
 
 import json
@@ -59,16 +59,15 @@ print(json.dumps([name, computed]))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(
-        any(shutil.which(program) is None for program in PACKAGES),
-        reason=f"needs {' '.join(PACKAGES.values())}",
-    ),
+    pytest.mark.skipif("TEST_ARM64" not in os.environ, reason="make test-images-full runs this"),
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`root`: Debian with Python for Arm; `site`: the packages of infer-quantized, and the compiled code."""
+    missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
+    assert not missing, f"apt-get install {' '.join(missing)}"
     folder = tmp_path_factory.mktemp("arm64")
     root, wheels, site = folder / "root", folder / "wheels", folder / "site"
     included = "--include=python3,libgomp1,libstdc++6"
@@ -136,4 +135,7 @@ def test_each_arm_cpu_loads_its_code_and_computes_what_x86_computes(name, folder
     _, expected = run(tmp_path / "none", [sys.executable])
     assert loaded == name
     for type_, logprobs in expected.items():
-        assert computed[type_] == pytest.approx(logprobs, abs=0.05), type_
+        both = computed[type_].keys() & logprobs.keys()
+        assert len(both) > 90  # the last of the 100 most probable tokens are close to each other
+        found, wanted = ([each[id_] for id_ in sorted(both)] for each in (computed[type_], logprobs))
+        assert found == pytest.approx(wanted, abs=0.05), type_
