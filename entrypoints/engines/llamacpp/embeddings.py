@@ -54,7 +54,7 @@ class EmbeddingEngine:
     @classmethod
     def load(cls, file: Path) -> "EmbeddingEngine":
         """Check and load a file. Raises UserError if it is not usable or memory is short."""
-        load_cpu_code()
+        load_cpu_code()  # rejects the CPU before it reads the file
         checkpoint = open_embedding_gguf(file)
         require_memory(checkpoint)
         logger.info(

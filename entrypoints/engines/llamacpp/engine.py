@@ -73,7 +73,7 @@ class LlamaCppEngine:
 
         Raises UserError if the file is not usable, the context length is larger than the model's, or memory is short.
         """
-        load_cpu_code()
+        load_cpu_code()  # rejects the CPU before it reads the file
         if options.verify:
             check_file_record(file)
         checkpoint = open_gguf(file)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from entrypoints.checkpoint.gguf_reader import GgufCheckpoint
+from entrypoints.engines.llamacpp.cpu_features import load_cpu_code
 from entrypoints.engines.llamacpp.slot_files import SOCKET_NAME, SlotFiles
 from entrypoints.engines.options import EngineOptions
 from entrypoints.errors import UserError
@@ -67,9 +68,10 @@ def launch(params: Any, file: Path, socket_folder: Path | None = None) -> Any:
 
 
 def common_parameters(file: Path, use_mmap: bool, threads: int) -> Any:
-    """The xllamacpp.CommonParams that every server of this product has."""
+    """The xllamacpp.CommonParams that every server of this product has. Raises UserError as `load_cpu_code`."""
     import xllamacpp
 
+    load_cpu_code()
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads

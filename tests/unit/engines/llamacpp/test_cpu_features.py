@@ -4,7 +4,7 @@ import platform
 
 import pytest
 
-from entrypoints.engines.llamacpp import cpu_features
+from entrypoints.engines.llamacpp import cpu_features, server
 from entrypoints.errors import UserError
 from entrypoints.hardware import resources
 
@@ -154,6 +154,15 @@ def test_a_variant_that_does_not_fit_the_library_is_rejected_with_the_remedy(ver
     (tmp_path / "libggml-cpu-skylakex.so").write_bytes(b"no library")
     with pytest.raises(UserError, match=message):
         cpu_features._replace_cpu_code(tmp_path / "libggml-cpu-skylakex.so")
+
+
+def test_every_server_of_llama_cpp_loads_the_cpu_code_first(tmp_path, monkeypatch):
+    """Also one that is started without an engine, as benchmarks do."""
+    pytest.importorskip("xllamacpp")
+    loaded = []
+    monkeypatch.setattr(server, "load_cpu_code", lambda: loaded.append(True))
+    server.common_parameters(tmp_path / "model.gguf", use_mmap=False, threads=1)
+    assert loaded
 
 
 def test_the_installed_build_runs_here_and_reports_its_features():
