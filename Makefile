@@ -234,13 +234,13 @@ bench: $(READY) ## Run the benchmarks of conversion, reading rows, training, ser
 	$(VENV)/bin/python tests/bench/serve_bench.py
 	$(VENV)/bin/python tests/bench/web_bench.py
 
-# OpenVINO where its environment exists (openvino_bench.py --help)
-bench-cpu: $(READY) ## Measure the 6B on CPUs: start, generating, reading prompts, busy hosts, quality of each type (two hours, 17 GB of disk)
+# The quality first, as it needs Debian packages; OpenVINO where its environment exists (openvino_bench.py --help)
+bench-cpu: $(READY) ## Measure the 6B on CPUs: start, generating, reading prompts, busy hosts, quality of each type (over an hour, 17 GB of disk)
+	$(VENV)/bin/python tests/bench/quality_bench.py
 	$(VENV)/bin/python tests/bench/lowcost_bench.py
 	$(VENV)/bin/python tests/bench/prefill_bench.py --defaults
 	$(VENV)/bin/python tests/bench/shared_cpu_bench.py
 	$(if $(wildcard .venv-openvino/bin/python),$(VENV)/bin/python tests/bench/openvino_bench.py --python .venv-openvino/bin/python)
-	$(VENV)/bin/python tests/bench/quality_bench.py
 
 test-gpu: ## Check everything that needs a CUDA GPU, on one card in nine minutes: make test-gpu [PARTS="numbers loss"]
 	$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3) tests/gpu/run.py $(PARTS)

@@ -2,7 +2,6 @@
 
 import asyncio
 import html
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,8 +18,8 @@ from entrypoints.web.gradio_visitors import VisitorBlocks, VisitorSession, user_
 from entrypoints.web.i18n import negotiate_language, translate
 from entrypoints.web.message_actions import Action, MessageActions
 from entrypoints.web.request_errors import ErrorMessage
-from entrypoints.web.session import ChatOptions, ChatSession, RunningAnswer, slider_ranges
-from entrypoints.web.transcript import error_text, input_hint, model_label, status_line
+from entrypoints.web.session import ChatOptions, ChatSession, slider_ranges
+from entrypoints.web.transcript import error_text, input_hint, model_label, progress, status_line
 from entrypoints.web.visitors import Visitors
 
 UPDATE_INTERVAL_SECONDS = 0.08
@@ -158,19 +157,15 @@ class ChatPage:
         chosen = ChatOptions(*options)
         side, _, node = event.value.partition(".")
         result = self.actions.run(session, chosen, Action(event.name, int(side), int(node)), language)
-        extra: Updates = {self.ui.copied: result.copied}
-        async for updates in self._show_answers(session, language, chosen):
-            yield {**extra, **updates}
-            extra = {}
+        async for updates in self._show_answers(session, language, chosen, {self.ui.copied: result.copied}):
+            yield updates
 
     async def save_edit(self, session: ChatSession, language: str, text: str, *options: Any) -> AsyncIterator[Updates]:
         """Use the edited text: a new version of a question, or the correction of an answer."""
         chosen = ChatOptions(*options)
         self.actions.save_edit(session, chosen, text)
-        extra = self._edit_field(session)
-        async for updates in self._show_answers(session, language, chosen):
-            yield {**extra, **updates}
-            extra = {}
+        async for updates in self._show_answers(session, language, chosen, self._edit_field(session)):
+            yield updates
 
     def open_edit_field(self, session: ChatSession) -> Updates:
         """Show the text to edit, once: the same event of an earlier click would replace what was typed meanwhile."""
@@ -182,15 +177,19 @@ class ChatPage:
         session.edited = None
         return {**self._edit_field(session), **self._conversation(session, language)}
 
-    async def _show_answers(self, session: ChatSession, language: str, options: ChatOptions) -> AsyncIterator[Updates]:
-        """Everything at the start and at the end of the answers; between them the conversation only."""
+    async def _show_answers(
+        self, session: ChatSession, language: str, options: ChatOptions, extra: Updates | None = None
+    ) -> AsyncIterator[Updates]:
+        """Everything at the start, with `extra`, and at the end of the answers; between them the conversation only."""
+        extra = extra or {}
         while running := dict(session.running):
-            yield {**self._conversation(session, language), **self._banner(session, language)}
+            yield {**extra, **self._conversation(session, language), **self._banner(session, language)}
+            extra = {}
             try:
                 shown: tuple[object, ...] = ()
                 while session.running == running and not session.is_done():
                     await asyncio.sleep(UPDATE_INTERVAL_SECONDS)
-                    state = tuple(_progress(each) for each in running.values())
+                    state = tuple(progress(each) for each in running.values())
                     if state != shown:
                         shown = state
                         yield self._chats(session, language)
@@ -199,7 +198,7 @@ class ChatPage:
                     session.finish_answers()
             if session.error or not session.run_demo_tools(self.api, options):
                 break
-        yield {**self._conversation(session, language), **self._banner(session, language)}
+        yield {**extra, **self._conversation(session, language), **self._banner(session, language)}
 
     def _conversation(self, session: ChatSession, language: str) -> Updates:
         """The chat, its status line and the buttons of the input field, whose text is left alone."""
@@ -291,11 +290,3 @@ class ChatPage:
             self.ui.sliders[0]: gr.update(maximum=limit, value=min(max_tokens, limit)),
             **self._banner(session, language),
         }
-
-
-def _progress(running: RunningAnswer) -> tuple[int, int]:
-    """Changes whenever the page has something to draw: a piece of text, or another second of waiting."""
-    answer = running.task.answer
-    is_waiting = not answer.num_deltas and not answer.tool_calls
-    seconds = int(time.monotonic() - running.task.started) if is_waiting else 0
-    return answer.num_deltas + len(answer.tool_calls), seconds

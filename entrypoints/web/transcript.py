@@ -113,9 +113,21 @@ def _parts_in_progress(running: RunningAnswer, language: str) -> Iterator[Part]:
     yield from _call_parts({"role": "assistant", "content": "", "tool_calls": list(answer.tool_calls)}, language)
 
 
+def progress(running: RunningAnswer) -> tuple[int, int]:
+    """Changes whenever there is something to draw: a piece of text, or another second of waiting."""
+    answer = running.task.answer
+    is_waiting = not answer.num_deltas and not answer.tool_calls
+    return answer.num_deltas + len(answer.tool_calls), _seconds(running) if is_waiting else 0
+
+
 def waiting_text(running: RunningAnswer, language: str) -> str:
     """That the model has not answered yet, with the seconds since the request."""
-    return translate(language, "waiting", seconds=int(time.monotonic() - running.task.started))
+    return translate(language, "waiting", seconds=_seconds(running))
+
+
+def _seconds(running: RunningAnswer) -> int:
+    """Since the request."""
+    return int(time.monotonic() - running.task.started)
 
 
 def _actions(node: Node, is_last: bool, feedback: bool) -> Iterator[str]:

@@ -40,11 +40,14 @@ PORTS = ports()
 
 def free_port() -> int:
     """A free port that neither an outgoing connection nor another worker takes before the server listens on it."""
-    for port in PORTS:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("the ports never end")
+    return next(filter(is_free, PORTS))
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 class Process:

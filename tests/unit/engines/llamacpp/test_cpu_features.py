@@ -91,44 +91,35 @@ ZEN4 = f"{AVX512} avx512ifma avx512vbmi avx512_vnni avx512_bf16"
 SAPPHIRE_RAPIDS = f"{ZEN4} avx_vnni avx512_fp16 amx_bf16 amx_tile amx_int8"
 
 
-@pytest.mark.parametrize(
-    ("flags", "name"),
-    [
-        (PLAIN, None),
-        (f"{PLAIN} avx512f", None),  # the first CPUs with AVX-512 had only this part of it
-        (ALDER_LAKE, "alderlake"),
-        (SKYLAKE, "skylakex"),
-        (CASCADE_LAKE, "cascadelake"),
-        (ZEN4, "cascadelake"),
-        (SAPPHIRE_RAPIDS, "sapphirerapids"),
-        (SAPPHIRE_RAPIDS.replace("amx_tile", ""), "cascadelake"),  # a kernel without AMX
-    ],
-    ids=["haswell", "knights-landing", "alderlake", "skylakex", "cascadelake", "zen4", "sapphirerapids", "no-amx"],
-)
-def test_the_widest_variant_that_the_cpu_runs_is_loaded(flags, name, cpu, variants, tmp_path, monkeypatch):
-    cpu(f"flags\t: {flags}")
+X86 = {
+    "haswell": (PLAIN, None),
+    "knights-landing": (f"{PLAIN} avx512f", None),  # the first CPUs with AVX-512 had only this part of it
+    "alderlake": (ALDER_LAKE, "alderlake"),
+    "skylakex": (SKYLAKE, "skylakex"),
+    "cascadelake": (CASCADE_LAKE, "cascadelake"),
+    "zen4": (ZEN4, "cascadelake"),
+    "sapphirerapids": (SAPPHIRE_RAPIDS, "sapphirerapids"),
+    "no-amx": (SAPPHIRE_RAPIDS.replace("amx_tile", ""), "cascadelake"),  # a kernel without AMX
+}
+ARM = {
+    "cortex-a72": ("fp asimd evtstrm aes pmull sha1 sha2 crc32", None),
+    "kunpeng-920": (KUNPENG_920, "armv8.2_2"),
+    "apple-m2": (f"{KUNPENG_920} i8mm bf16", "armv8.2_2"),  # in a virtual machine: no SVE
+    "graviton-3": (GRAVITON_3, "armv8.6_1"),
+    "graviton-4": (GRAVITON_4, "armv8.6_2"),
+}
+CPUS = [("x86_64", "flags", *X86[cpu]) for cpu in X86] + [("aarch64", "Features", *ARM[cpu]) for cpu in ARM]
+
+
+@pytest.mark.parametrize(("machine", "field", "flags", "name"), CPUS, ids=[*X86, *ARM])
+def test_the_widest_variant_that_the_cpu_runs_is_loaded(
+    machine, field, flags, name, cpu, variants, tmp_path, monkeypatch
+):
+    cpu(f"{field}\t: {flags}", machine, build="CPU : LLAMAFILE = 1 | ")
     monkeypatch.setattr(cpu_features, "_variants_folder", lambda: tmp_path)
     assert cpu_features.load_cpu_code() == name
     assert [file.name for file in variants] == ([f"libggml-cpu-{name}.so"] if name else [])
     assert cpu_features.unused_cpu_features() == []
-
-
-@pytest.mark.parametrize(
-    ("flags", "name"),
-    [
-        ("fp asimd evtstrm aes pmull sha1 sha2 crc32", None),
-        (KUNPENG_920, "armv8.2_2"),
-        (f"{KUNPENG_920} i8mm bf16", "armv8.2_2"),  # Apple M2 in a virtual machine: no SVE
-        (GRAVITON_3, "armv8.6_1"),
-        (GRAVITON_4, "armv8.6_2"),
-    ],
-    ids=["cortex-a72", "kunpeng-920", "apple-m2", "graviton-3", "graviton-4"],
-)
-def test_the_widest_variant_that_the_arm_cpu_runs_is_loaded(flags, name, cpu, variants, tmp_path, monkeypatch):
-    cpu(f"Features\t: {flags}", "aarch64", build="CPU : NEON = 1 | ARM_FMA = 1 | ")
-    monkeypatch.setattr(cpu_features, "_variants_folder", lambda: tmp_path)
-    assert cpu_features.load_cpu_code() == name
-    assert [file.name for file in variants] == ([f"libggml-cpu-{name}.so"] if name else [])
 
 
 def test_a_cpu_below_the_narrowest_code_is_rejected_although_variants_are_installed(cpu, variants):
