@@ -49,7 +49,6 @@ OUTPUT ?= output
 TYPE ?= q4_0
 ENGINE ?= auto
 COMPOSE := docker compose
-GPUS := $(filter-out 0,$(NUM_GPUS)) # without NUM_GPUS=0
 # Compose profile of each ENGINE; transformers serves 4-bit weights
 PROFILE_auto := cpu
 PROFILE_llamacpp := cpu
@@ -69,7 +68,7 @@ $(foreach goal,$(MAKECMDGOALS),$(foreach name,$(NEEDS_$(goal)),$(if $($(name)),,
 LOCAL := $(filter local,$(WITH))
 # a local folder or file becomes a mount and a name in the container
 COMPOSE_ENV = $(if $(wildcard $(MODEL)/config.json),FOLDERS_DIR=$(abspath $(dir $(abspath $(MODEL)))) MODEL=$(notdir $(abspath $(MODEL))),$(if $(MODEL),MODEL=$(MODEL))) \
-  $(if $(NUM_GPUS),NUM_GPUS=$(strip $(GPUS))) RUN=$(RUN)
+  $(if $(NUM_GPUS),NUM_GPUS=$(NUM_GPUS)) RUN=$(RUN)
 
 up: ## Start the API and the web pages in containers, on CPUs by default: make up [PROFILES="gpu monitoring"]
 	$(COMPOSE) $(PROFILES:%=--profile %) up --detach --wait
@@ -133,9 +132,9 @@ endif
 train: $(if $(LOCAL),$(READY)) ## Fine-tune: make train NUM_GPUS=8 MODEL=... TRAIN_FILE=rows.jsonl [ARGS="--deepspeed zero2"] [WITH=compose]
 ifeq ($(WITH),local)
 	$(GLM) train --model-name-or-path $(MODEL) --train-file $(TRAIN_FILE) --output-dir $(OUTPUT)/$(RUN) \
-	  $(if $(strip $(GPUS)),--num-gpus $(GPUS)) $(ARGS)
+	  $(if $(NUM_GPUS),--num-gpus $(NUM_GPUS)) $(ARGS)
 else
-	$(if $(strip $(GPUS)),$(MAKE) --no-print-directory gpu-ready)
+	$(if $(filter-out 0,$(NUM_GPUS)),$(MAKE) --no-print-directory gpu-ready)
 	$(COMPOSE_ENV) DATA_DIR=$(dir $(abspath $(TRAIN_FILE))) TRAIN_FILE=$(notdir $(TRAIN_FILE)) TRAIN_ARGS="$(ARGS)" \
 	  $(COMPOSE) --profile train run --rm train
 endif

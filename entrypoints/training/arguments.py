@@ -50,7 +50,6 @@ OPTIONAL_POSITIVE_FIELDS = (
     "save_total_limit",
     "eval_steps",
     "eval_samples",
-    "num_gpus",
     "num_processes",
     "pre_seq_len",
 )
@@ -118,7 +117,7 @@ class TrainArguments:
     seed: int = 42
     preprocessing_num_workers: int = 1
     device: str = "auto"
-    num_gpus: int | None = None  # None: as many processes as the environment says, else one
+    num_gpus: int | None = None  # None: as many processes as the environment says, else one; 0: on CPUs
     num_processes: int | None = None
     deepspeed: str | None = None  # name of a preset, or a file
 
@@ -131,6 +130,8 @@ class TrainArguments:
         low = [name for name in POSITIVE_FIELDS if getattr(self, name) < 1]
         low += [name for name in OPTIONAL_POSITIVE_FIELDS if (value := getattr(self, name)) is not None and value < 1]
         problems = [f"{flag_name(name)} {getattr(self, name)} is below 1" for name in low]
+        if (self.num_gpus or 0) < 0:
+            problems.append(f"--num-gpus {self.num_gpus} is below 0")
         problems += [
             f"{flag_name(name)} {value} is not above 0"
             for name in ("num_train_epochs", "learning_rate", "dpo_beta")

@@ -119,7 +119,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_step_arguments(group)
     group.add_argument("--seed", type=int, default=42, help="seed of new weights, row order and dropout")
-    group.add_argument("--num-gpus", type=int, help="processes to start on this node, one for each GPU")
+    group.add_argument("--num-gpus", type=int, help="processes to start on this node, one for each GPU; 0: on CPUs")
     group.add_argument("--num-processes", type=int, help="processes to start on this node, also without GPUs")
     group.add_argument("--deepspeed", metavar="PRESET|FILE", help=f"{', '.join(PRESETS)}, or a DeepSpeed configuration")
     group.add_argument(
@@ -209,8 +209,17 @@ def parse_train_arguments(args: argparse.Namespace, settings: Settings) -> Train
     given["method"] = method
     given["output_dir"] = args.output_dir or Path("output")
     given["columns"] = replace(columns_of_flags(args), rejected=args.rejected_column)
-    given["device"] = args.device or settings.device
+    given["device"] = _select_device(args, settings)
     return TrainArguments(**given)
+
+
+def _select_device(args: argparse.Namespace, settings: Settings) -> str:
+    if args.num_gpus != 0:
+        return args.device or settings.device
+    for flag, value in (("--device", args.device), ("--gpu-memory", args.gpu_memory)):
+        if value not in (None, "cpu"):
+            raise UserError(f"--num-gpus 0 trains on CPUs, but {flag} is {value}", f"omit --num-gpus or {flag}")
+    return "cpu"
 
 
 def is_evaluation_only(args: argparse.Namespace) -> bool:

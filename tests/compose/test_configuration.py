@@ -15,6 +15,7 @@ from entrypoints.__main__ import COMMANDS, parse_arguments
 from entrypoints.api.admission import Admission
 from entrypoints.api.metrics import Metrics
 from entrypoints.settings import Secret, Settings
+from entrypoints.training.flags import parse_train_arguments
 
 SERVICES = {
     "": {"model-init", "api", "web", "web-streamlit"},
@@ -81,13 +82,16 @@ def test_a_gpu_profile_reserves_by_count_or_by_id_and_never_by_both(profile, nam
 def test_training_reserves_gpus_only_if_their_number_is_set():
     profiles = ("train", "train-multi", "train-node", "eval")
     names = ("train", "train-0", "train-1", "train-node", "evaluate")
-    assert reserved_gpus(profiles) == reserved_gpus(profiles, NUM_GPUS="") == {}
-    eight = reserved_gpus(profiles, NUM_GPUS=8)
-    assert {name: devices[0]["count"] for name, devices in eight.items()} == dict.fromkeys(names, 8)
+    assert reserved_gpus(profiles) == reserved_gpus(profiles, NUM_GPUS="") == reserved_gpus(profiles, NUM_GPUS=0) == {}
+    for count in (*range(1, 9), 10, 16):
+        reserved = reserved_gpus(profiles, NUM_GPUS=count)
+        assert {name: devices[0]["count"] for name, devices in reserved.items()} == dict.fromkeys(names, count)
     some = reserved_gpus(profiles, NUM_GPUS=2, GPU_IDS="4,5")
     assert {name: devices[0]["device_ids"] for name, devices in some.items()} == {name: ["4,5"] for name in names}
-    command = Project("glm-test", profiles, NUM_GPUS=8).config()["services"]["train"]["command"]
-    assert command[command.index("--num-gpus") + 1] == "8"
+    for count, device in ((8, "auto"), (0, "cpu")):
+        command = Project("glm-test", profiles, NUM_GPUS=count).config()["services"]["train"]["command"]
+        arguments = parse_train_arguments(parse_arguments(command)[1], Settings())
+        assert (arguments.num_gpus, arguments.device) == (count, device)
 
 
 def test_a_model_is_prepared_with_the_family_that_is_set(services):

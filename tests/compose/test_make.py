@@ -83,9 +83,11 @@ def test_several_gpu_ids_need_the_runtime_of_the_toolkit(tmp_path: Path, ids, ru
     assert ("set NUM_GPUS instead" in done.stderr) is bool(code)
 
 
-def test_num_gpus_0_reserves_none():
+def test_num_gpus_0_trains_on_cpus_and_needs_no_gpu_to_be_ready():
+    done = make("--dry-run", "train", "MODEL=demo", "TRAIN_FILE=rows.jsonl", "NUM_GPUS=0")
+    assert "--num-gpus 0" in done.stdout
     done = make("--dry-run", "train", "MODEL=demo", "TRAIN_FILE=rows.jsonl", "NUM_GPUS=0", "WITH=compose")
-    assert "NUM_GPUS= RUN=tuned" in done.stdout
+    assert "NUM_GPUS=0 RUN=tuned" in done.stdout
     assert "gpu-ready" not in done.stdout
     done = make("--dry-run", "train", "MODEL=demo", "TRAIN_FILE=rows.jsonl", "NUM_GPUS=2", "WITH=compose")
     assert "NUM_GPUS=2 RUN=tuned" in done.stdout

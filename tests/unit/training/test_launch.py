@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from entrypoints.__main__ import parse_arguments
 from entrypoints.errors import UserError
+from entrypoints.settings import Settings
 from entrypoints.training import launch
 from entrypoints.training.arguments import TrainArguments
+from entrypoints.training.flags import parse_train_arguments
 
 POD = {"MASTER_ADDR": "train-0.train", "MASTER_PORT": "23456"}
 
@@ -99,3 +102,25 @@ def test_a_worker_knows_the_number_of_processes_from_the_variables_of_its_launch
     layout = launch.worker_layout({"LOCAL_RANK": "0", "RANK": "0"} | env)
     assert (layout.nproc_per_node, layout.nnodes) == (nproc_per_node, nnodes)
     assert layout.world_size == nproc_per_node * nnodes
+
+
+def parsed(*flags: str, device: str = "auto") -> TrainArguments:
+    command = ["train", "--model-name-or-path", "base", "--train-file", "rows.jsonl", "--output-dir", "out", *flags]
+    return parse_train_arguments(parse_arguments(command)[1], Settings(device=device))
+
+
+def test_num_gpus_0_trains_on_cpus_whatever_device_the_environment_sets():
+    assert parsed("--num-gpus=0", device="cuda").device == "cpu"
+    assert parsed("--num-gpus=0", "--device=cpu").device == "cpu"
+    assert parsed("--num-gpus=1", device="cuda").device == "cuda"
+    layout = launch.plan_layout(parsed("--num-gpus=0", "--num-processes=2"), {}, 8)
+    assert layout.world_size == 2
+
+
+def test_num_gpus_0_is_rejected_with_a_gpu_to_use_or_to_plan_for_and_a_negative_number_always():
+    with pytest.raises(UserError, match="--num-gpus 0 trains on CPUs, but --device is cuda; omit --num-gpus or"):
+        parsed("--num-gpus=0", "--device=cuda")
+    with pytest.raises(UserError, match="--num-gpus 0 trains on CPUs, but --gpu-memory is 24; omit"):
+        parsed("--num-gpus=0", "--dry-run", "--gpu-memory=24")
+    with pytest.raises(UserError, match="--num-gpus -1 is below 0"):
+        parsed("--num-gpus=-1")
