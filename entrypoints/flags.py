@@ -34,7 +34,13 @@ def add_family_flag(parser: Parser) -> None:
 
 
 def add_loading_flags(parser: Parser) -> None:
-    """--load-in and --verify."""
+    """--context-length, --load-in and --verify."""
+    parser.add_argument(
+        "--context-length",
+        type=int,
+        metavar="TOKENS",
+        help="of a prompt and its answer together; a smaller one than the model's, the default, takes less memory",
+    )
     parser.add_argument(
         "--load-in",
         choices=LOAD_IN_BITS,

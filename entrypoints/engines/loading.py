@@ -19,7 +19,7 @@ ENGINE_PACKAGES = {"transformers": "transformers", "llamacpp": "xllamacpp", "vll
 GGUF_DEVICES = ("auto", "cpu")  # the published build of llama.cpp computes on CPUs only
 OPTIONS_OF_ENGINES = {  # options that only these engines support
     ("llamacpp", "vllm"): ("speculative",),
-    ("llamacpp",): ("context_length", "threads", "use_mmap", "prefix_cache"),
+    ("llamacpp",): ("threads", "use_mmap", "prefix_cache"),
     ("vllm",): ("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "enforce_eager"),
 }
 
@@ -49,12 +49,13 @@ def default_slots(model: Path, options: EngineOptions) -> int:
     if options.engine == "vllm":
         from entrypoints.engines.vllm.gpu_settings import gpu_settings
 
-        copies: int = gpu_settings(open_native(model).model_config, options)["data_parallel_size"]
+        copies: int = gpu_settings(options.limited(open_native(model)).model_config, options)["data_parallel_size"]
         return GPU_SLOTS * copies
     from entrypoints.engines.transformers.batching_memory import CUDA_CONTEXT_BYTES, fitting_slots
     from entrypoints.hardware.placement import weight_bytes
 
-    model_config, itemsize = open_native(model, quantized=True).model_config, 4 if options.dtype == "float32" else 2
+    model_config = options.limited(open_native(model, quantized=True)).model_config
+    itemsize = 4 if options.dtype == "float32" else 2
     free = gpus[0].free - weight_bytes(model_config, itemsize) - CUDA_CONTEXT_BYTES
     return max(1, min(DEFAULT_SLOTS, fitting_slots(model_config, free, itemsize)))
 
@@ -144,7 +145,7 @@ def _check_gguf_options(options: EngineOptions) -> None:
 def _check_gguf(model: Path, options: EngineOptions) -> None:
     from entrypoints.checkpoint.gguf_reader import open_gguf
 
-    open_gguf(model)
+    options.limited(open_gguf(model))
     flag = "--verify" if options.verify else "--prefix-cache" if options.prefix_cache else None
     if flag and not record_path(model).is_file():
         raise UserError(
@@ -158,7 +159,7 @@ def _check_folder(model: Path, engine: str, options: EngineOptions) -> None:
     from entrypoints.checkpoint.manifest import check_base_weights
     from entrypoints.checkpoint.native import open_native
 
-    checkpoint = open_native(model, quantized=engine == "transformers")
+    checkpoint = options.limited(open_native(model, quantized=engine == "transformers"))
     if engine == "transformers" and (options.load_in or checkpoint.load_in):
         _check_bitsandbytes(checkpoint, options)
     adapters = {name: open_adapter(path, checkpoint.model_config) for name, path in options.adapters.items()}

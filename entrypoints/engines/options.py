@@ -1,9 +1,17 @@
 """Options for loading a model, common to all engines."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
+from entrypoints.errors import UserError
+
+if TYPE_CHECKING:
+    from entrypoints.checkpoint.gguf_reader import GgufCheckpoint
+    from entrypoints.checkpoint.native import NativeCheckpoint
+
+Checkpoint = TypeVar("Checkpoint", "NativeCheckpoint", "GgufCheckpoint")
 DEFAULT_SLOTS = 4
 GPU_SLOTS = 256  # of each copy with vLLM, which shares one KV cache: its own default for GPUs below 70 GiB
 GPU_MEMORY_UTILIZATION = 0.9
@@ -21,12 +29,12 @@ class EngineOptions:
     slots: int = 1  # answers generated concurrently
     verify: bool = False  # check the hash of every file before loading
     load_in: str | None = None  # 8bit | 4bit: quantize the weights of a folder while they load
+    context_length: int | None = None  # tokens of a prompt and its answer together; None: the model's, the maximum
 
     # llamacpp and vllm
     speculative: bool = False  # prompt lookup: draft tokens that repeat the conversation; llamacpp: without logprobs
 
     # llamacpp only
-    context_length: int | None = None  # tokens per slot; None: the model's
     threads: int | None = None  # None: all CPUs available to the process
     prefix_cache: Path | None = None  # folder that keeps the KV caches of prompts over restarts
     prefix_cache_bytes: int = 4 << 30  # size limit of that folder
@@ -38,7 +46,23 @@ class EngineOptions:
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION  # fraction of each GPU's memory for weights and KV cache
     enforce_eager: bool = False  # no compilation and no CUDA graphs: starts sooner, generates slower
 
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise UserError(f"--slots {self.slots} is below 1", "use 1 or more")
+
     @property
     def all_adapters(self) -> tuple[Path, ...]:
         """Folders of all adapters."""
         return (*((self.adapter,) if self.adapter else ()), *self.adapters.values())
+
+    def limited(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with `context_length`; raises UserError if that is more than the model supports."""
+        if self.context_length is None:
+            return checkpoint
+        longest = checkpoint.model_config.context_length
+        if not 1 < self.context_length <= longest:
+            raise UserError(
+                f"--context-length {self.context_length}: the model has a context length of {longest}",
+                f"use a number from 2 to {longest}",
+            )
+        return replace(checkpoint, model_config=replace(checkpoint.model_config, context_length=self.context_length))

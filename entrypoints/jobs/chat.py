@@ -88,6 +88,7 @@ def _load(args: argparse.Namespace, settings: Settings) -> "Chat":
         dtype=args.dtype,
         verify=args.verify,
         load_in=args.load_in,
+        context_length=args.context_length,
     )
     return load_chat(model, options)
 

@@ -239,6 +239,7 @@ def _engine(
         dtype=args.dtype,
         verify=args.verify,
         load_in=args.load_in,
+        context_length=args.context_length,
         speculative=args.speculative is not None,
         **flags.vllm_options(args),
         **flags.prefix_options(args),

@@ -244,7 +244,8 @@ def _drafted(file: Path, accept: bool) -> list[float]:
             return params
 
         xllamacpp.CommonParams = accepting
-    server = llama_server.start_server(open_gguf(file), EngineOptions(context_length=1024, speculative=accept))
+    options = EngineOptions(context_length=1024, speculative=accept)
+    server = llama_server.start_server(options.limited(open_gguf(file)), options)
     length = llama_server.DRAFT_TOKENS
     runs = [[777, *range(1000 + n * length, 1000 + (n + 1) * length)] for n in range(10)]
     prompt = [*itertools.chain(*runs), *runs[0][-3:]]

@@ -112,7 +112,7 @@ def read_prompts(
 
     llama_server.launch = changed
     options = EngineOptions(context_length=max(lengths) + 64, threads=threads)
-    server = llama_server.start_server(open_gguf(file), options)
+    server = llama_server.start_server(options.limited(open_gguf(file)), options)
     timings = []
     for number, length in enumerate((32, *lengths)):
         prompt = [100 + number, *(1000 + (place * 7919) % 2000 for place in range(length - 1))]

@@ -57,7 +57,7 @@ class LlamaCppEngine:
         self.prompt_format = checkpoint.prompt_format
         self.adapters: Mapping[str, PromptFormat] = {}
         self.slots = options.slots
-        self.context_length = options.context_length or checkpoint.context_length
+        self.context_length = checkpoint.context_length
         # llama.cpp computes no probabilities of drafted tokens
         self.features = FEATURES - {"top_logprobs", "prompt_logprobs"} if options.speculative else FEATURES
         self._vocab_size = checkpoint.model_config.vocab_size
@@ -76,24 +76,18 @@ class LlamaCppEngine:
         load_cpu_code()  # rejects the CPU before it reads the file
         if options.verify:
             check_file_record(file)
-        checkpoint = open_gguf(file)
-        context_length = checkpoint.context_length if options.context_length is None else options.context_length
-        if not 1 < context_length <= checkpoint.context_length or options.slots < 1:
-            raise UserError(
-                f"{file} does not support {options.slots} slots with a context length of {context_length}",
-                f"the context length is at most {checkpoint.context_length}, slots at least 1",
-            )
-        require_memory(checkpoint, options.slots, context_length, options.use_mmap)
-        options = replace(options, context_length=context_length, threads=options.threads or available_cpus())
+        checkpoint = options.limited(open_gguf(file))
+        require_memory(checkpoint, options.slots, checkpoint.context_length, options.use_mmap)
+        options = replace(options, threads=options.threads or available_cpus())
         logger.info(
             "loading %s (%s) with --slots %d of %d tokens, --threads %d",
             file,
             checkpoint.type,
             options.slots,
-            context_length,
+            checkpoint.context_length,
             options.threads,
         )
-        store = open_store(checkpoint.file, options) if options.prefix_cache else None
+        store = open_store(checkpoint, options) if options.prefix_cache else None
         slot_files = SlotFiles(store.folder) if store else None
         server = start_server(checkpoint, options, slot_files)
         prefix_cache = PrefixCache(store, slot_files, options.slots) if store and slot_files else None
@@ -220,7 +214,7 @@ def require_memory(checkpoint: GgufCheckpoint, slots: int, context_length: int, 
         raise UserError(
             f"{checkpoint.file} with --slots {slots} of {context_length} tokens needs {format_size(needed)} of memory, "
             f"{format_size(available)} are available",
-            "free memory, or use fewer slots or a smaller type",
+            "free memory, or use fewer slots, a smaller --context-length or a smaller type",
         )
 
 

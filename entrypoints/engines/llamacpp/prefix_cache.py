@@ -10,10 +10,10 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
+from entrypoints.checkpoint.gguf_reader import GgufCheckpoint
 from entrypoints.checkpoint.manifest import read_file_record
 from entrypoints.engines.llamacpp.prefix_store import PrefixState, PrefixStore, common_prefix
 from entrypoints.engines.llamacpp.slot_files import SlotFiles
@@ -123,15 +123,15 @@ class PrefixCache:
         slot.is_saved = True
 
 
-def open_store(model: Path, options: EngineOptions) -> PrefixStore:
-    """The states of this model, version of llama.cpp and number of slots.
+def open_store(checkpoint: GgufCheckpoint, options: EngineOptions) -> PrefixStore:
+    """The states of this model, version of llama.cpp, number of slots and context length.
 
     Raises UserError: the folder, or the record of the model, cannot be used.
     """
     assert options.prefix_cache
     build = importlib.metadata.version("xllamacpp")
-    # llama.cpp rejects a state that was written with another number of slots
-    text = f"{read_file_record(model)['sha256']} {build} {options.slots}"
+    # llama.cpp rejects a state that was written with another number of slots, or that is longer than a slot
+    text = f"{read_file_record(checkpoint.file)['sha256']} {build} {options.slots} {checkpoint.context_length}"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
     return PrefixStore(options.prefix_cache, fingerprint, options.prefix_cache_bytes)
 

@@ -38,7 +38,7 @@ def aligned_context(context_length: int) -> int:
 def start_server(
     checkpoint: GgufCheckpoint, options: EngineOptions, slot_files: SlotFiles | None = None
 ) -> LlamaServer:
-    """Load the weights and start llama.cpp's threads; `context_length` must be set. Raises UserError as `launch`."""
+    """Load the weights and start llama.cpp's threads. Raises UserError as `launch`."""
     if not options.use_mmap:
         read_ahead(checkpoint.file)
     params = _parameters(checkpoint, options)
@@ -94,7 +94,7 @@ def _parameters(checkpoint: GgufCheckpoint, options: EngineOptions) -> Any:
     """The xllamacpp.CommonParams of a server."""
     import xllamacpp
 
-    slot_tokens = aligned_context(options.context_length or checkpoint.context_length)
+    slot_tokens = aligned_context(checkpoint.context_length)
     params = common_parameters(checkpoint.file, options.use_mmap, options.threads or available_cpus())
     params.n_ctx = options.slots * slot_tokens
     params.n_parallel = options.slots

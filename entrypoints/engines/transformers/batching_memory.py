@@ -55,5 +55,6 @@ def require_slots(model_config: ModelConfig, slots: int, free: int, itemsize: in
     raise UserError(
         f"--slots {slots} of {model_config.context_length} tokens need {format_size(int(needed))} of GPU memory beside "
         f"the weights, {format_size(max(0, free))} are free",
-        f"use --slots {max(1, fitting)}, --engine vllm, which shares its cache, or --load-in 8bit",
+        f"use --slots {max(1, fitting)}, a smaller --context-length, --engine vllm, which shares its cache, or "
+        "--load-in 8bit",
     )

@@ -70,7 +70,7 @@ class TransformersEngine:
         Raises UserError if a file is missing, damaged or of another size, or the model does not fit, before weights are
         read.
         """
-        checkpoint = open_native(folder, verify=options.verify, quantized=True)
+        checkpoint = options.limited(open_native(folder, verify=options.verify, quantized=True))
         load_in = checkpoint.load_in or options.load_in
         named = {name: open_adapter(path, checkpoint.model_config) for name, path in options.adapters.items()}
         default = open_adapter(options.adapter, checkpoint.model_config) if options.adapter else None

@@ -67,7 +67,7 @@ class VllmEngine:
 
         Raises UserError when something is missing, damaged, does not fit or is a P-Tuning adapter, before vLLM starts.
         """
-        checkpoint = open_native(folder, verify=options.verify)
+        checkpoint = options.limited(open_native(folder, verify=options.verify))
         adapters = {name: open_adapter(path, checkpoint.model_config) for name, path in options.adapters.items()}
         check_adapters(adapters)
         for path in options.adapters.values():

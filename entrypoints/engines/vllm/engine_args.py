@@ -162,7 +162,7 @@ def _cpu_cache(model_config: ModelConfig, slots: int, itemsize: int) -> dict[str
         raise UserError(
             f"the model with --slots {slots} of {model_config.context_length} tokens needs {format_size(needed)} of "
             f"memory, {format_size(available)} are available",
-            "free memory, or use fewer slots",
+            "free memory, or use fewer slots or a smaller --context-length",
         )
     return {
         "kv_cache_memory_bytes": cache_bytes,

@@ -2,21 +2,20 @@
 
 The image has a C compiler for Triton and no CUDA toolkit, so nothing may run nvcc. FlashInfer does: vLLM would sample
 with it on every GPU from compute capability 8.0, and attend with it on B200. Its compiled kernels are on no package
-index, and compiling them takes minutes at each start of a container. vLLM's own kernels and Triton's do the same work.
+index, and compiling them takes minutes at each start of a container. vLLM's own kernels and Triton's do the same work;
+on B200 that is FlashAttention 4, which compiles with the CUTLASS package of the lock.
 """
 
+import itertools
+import math
+from dataclasses import dataclass
 from typing import Any
 
 from entrypoints.checkpoint.layout import ModelConfig
 from entrypoints.engines.options import EngineOptions
 from entrypoints.errors import UserError
 from entrypoints.hardware.gpus import Gpu, list_gpus
-from entrypoints.hardware.placement import (
-    MEMORY_HEADROOM_FACTOR,
-    quantized_weight_bytes,
-    required_gpu_count,
-    weight_bytes,
-)
+from entrypoints.hardware.placement import MEMORY_HEADROOM_FACTOR, quantized_weight_bytes, weight_bytes
 from entrypoints.sizes import format_size
 
 # Read by vLLM's processes when they start. Values set by the user take precedence.
@@ -29,6 +28,8 @@ GPU_ENVIRONMENT = {
 FLASH_ATTENTION_CAPABILITY = (8, 0)  # of vLLM's FlashAttention; it has no float32
 FP8_CAPABILITY = (8, 9)  # multiplies in FP8
 ONLINE_QUANTIZATION_CAPABILITY = 7.5  # for FP8 weights that are multiplied in 16 bits
+CONTEXT_BYTES = 300_000_000  # of CUDA on each GPU, at least
+CONTEXT_STEP = 1024  # of the context length that an error message recommends
 # vLLM's 8-bit quantization while loading: a scale for each channel, or, below FP8_CAPABILITY, for each matrix
 ONLINE_QUANTIZATION = {True: "fp8_per_channel", False: "fp8_per_tensor"}
 
@@ -73,50 +74,95 @@ def _quantization(load_in: str | None, dtype: str, oldest: tuple[int, int]) -> d
     return {"quantization": ONLINE_QUANTIZATION[oldest >= FP8_CAPABILITY]}
 
 
+@dataclass(frozen=True)
+class _CopyMemory:
+    """Memory of one copy of the model in bytes; vLLM refuses to start without room for one full context."""
+
+    weights: int
+    cache_per_token: int
+    num_kv_heads: int
+    context_length: int
+
+    @classmethod
+    def of(cls, model_config: ModelConfig, load_in: str | None, itemsize: int) -> "_CopyMemory":
+        if load_in:
+            weights = quantized_weight_bytes(model_config, load_in, itemsize)
+        else:
+            weights = weight_bytes(model_config, itemsize)
+        cache = model_config.kv_cache_bytes(1) // 2 * itemsize
+        return cls(weights, cache, model_config.num_kv_heads, model_config.context_length)
+
+    def on_each(self, gpus: int) -> int:
+        """Bytes of each of so many GPUs."""
+        return self._weights_on_each(gpus) + self.context_length * self._token_on_each(gpus)
+
+    def fitting_context(self, gpus: int, memory: int) -> int:
+        """Tokens of the longest context, in steps, that so many GPUs with so much memory hold; 0: not one step."""
+        tokens = max(0, memory - self._weights_on_each(gpus)) // self._token_on_each(gpus)
+        return tokens // CONTEXT_STEP * CONTEXT_STEP
+
+    def _weights_on_each(self, gpus: int) -> int:
+        return int(self.weights * MEMORY_HEADROOM_FACTOR) // gpus
+
+    def _token_on_each(self, gpus: int) -> int:
+        return self.cache_per_token // min(gpus, self.num_kv_heads)  # each GPU has at least one of the heads
+
+
 def _parallel_sizes(model_config: ModelConfig, options: EngineOptions, gpus: list[Gpu], dtype: str) -> tuple[int, int]:
-    """GPUs of each copy of the model, and copies; raises UserError if there are not so many GPUs."""
-    if options.load_in:
-        weights = quantized_weight_bytes(model_config, options.load_in, 2)
-    else:
-        weights = weight_bytes(model_config, 4 if dtype == "float32" else 2)
+    """GPUs of each copy of the model, and copies; raises UserError: too few or too small GPUs.
+
+    vLLM gives the first GPUs to the first copy, and so on: the copies end before the first GPU that is too small.
+    """
+    copy = _CopyMemory.of(model_config, options.load_in, 4 if dtype == "float32" else 2)
     usable = [int(gpu.total * options.gpu_memory_utilization) for gpu in gpus]
-    tensor_parallel = options.tensor_parallel_size or _tensor_parallel_size(
-        model_config, required_gpu_count(int(weights * MEMORY_HEADROOM_FACTOR), usable), len(usable)
-    )
+    tensor_parallel = options.tensor_parallel_size or _tensor_parallel_size(model_config.num_heads, copy, usable)
     if model_config.num_heads % tensor_parallel:
         raise UserError(
             f"--tensor-parallel-size {tensor_parallel} does not divide the {model_config.num_heads} attention heads",
             "use 1, 2, 4 or 8",
         )
-    data_parallel = options.data_parallel_size or max(1, len(gpus) // tensor_parallel)
+    groups = [usable[first : first + tensor_parallel] for first in range(0, len(gpus), tensor_parallel)]
+    holds = (len(group) == tensor_parallel and min(group) >= copy.on_each(tensor_parallel) for group in groups)
+    data_parallel = options.data_parallel_size or max(1, sum(itertools.takewhile(bool, holds)))
     if (needed := tensor_parallel * data_parallel) > len(gpus):
         raise UserError(
             f"--tensor-parallel-size {tensor_parallel} times --data-parallel-size {data_parallel} is {needed} GPUs, "
             f"{len(gpus)} are visible",
             "use smaller numbers, or make more GPUs visible (NUM_GPUS, CUDA_VISIBLE_DEVICES)",
         )
+    _check_size(copy, tensor_parallel, min(usable[:needed]))
     return tensor_parallel, data_parallel
 
 
-def _tensor_parallel_size(model_config: ModelConfig, minimum: int, available: int) -> int:
-    """The smallest number of GPUs, at least `minimum`, that divides the number of attention heads."""
-    heads = model_config.num_heads
-    counts = [count for count in range(minimum, available + 1) if heads % count == 0]
-    if not counts:
-        raise UserError(
-            f"the model needs {minimum} GPUs, and {heads} heads cannot be split over {minimum} to {available}",
-            "make more GPUs visible (CUDA_VISIBLE_DEVICES), or use --engine transformers",
-        )
-    return counts[0]
+def _tensor_parallel_size(heads: int, copy: _CopyMemory, usable: list[int]) -> int:
+    """The fewest of the first GPUs that hold a copy and divide the attention heads; the most if none do."""
+    divisors = [count for count in range(1, len(usable) + 1) if heads % count == 0]
+    return next((count for count in divisors if copy.on_each(count) <= min(usable[:count])), divisors[-1])
+
+
+def _check_size(copy: _CopyMemory, gpus: int, smallest: int) -> None:
+    if (needed := copy.on_each(gpus)) <= smallest:
+        return
+    context = copy.fitting_context(gpus, smallest)
+    shorter = f"--context-length {context}, " if context else ""
+    raise UserError(
+        f"vLLM needs {format_size(needed)} on each of {gpus} GPUs for the model and a context of "
+        f"{copy.context_length} tokens, and may use {format_size(smallest)} of the smallest",
+        f"use {shorter}--load-in 8bit, --engine transformers, or larger or more GPUs (1, 2, 4 or 8 for a copy)",
+    )
 
 
 def _check_free_memory(gpus: list[Gpu], fraction: float) -> None:
-    """Raise UserError where less is free than the share that vLLM reserves; it would end with a traceback."""
+    """Raise UserError where less is free than the share that vLLM reserves; it would end with a traceback.
+
+    vLLM compares when it has opened its context on the GPU, which takes some of the free memory.
+    """
     for number, gpu in enumerate(gpus):
-        if gpu.free < gpu.total * fraction:
+        free = max(0, gpu.free - CONTEXT_BYTES)
+        if free < gpu.total * fraction:
             raise UserError(
                 f"vLLM would reserve {fraction:.0%} of the {format_size(gpu.total)} of GPU {number} ({gpu.name}), "
-                f"{format_size(gpu.free)} are free",
+                f"{format_size(free)} are free beside its context",
                 f"end the processes that use it (nvidia-smi), or --gpu-memory-utilization "
-                f"{max(0.0, gpu.free / gpu.total - 0.01):.2f}",
+                f"{math.floor(100 * free / gpu.total) / 100:.2f}",
             )

@@ -149,12 +149,6 @@ def test_a_smaller_context_length_is_exact_although_llama_cpp_rounds_it_up(toy_g
     engine.close()
 
 
-@pytest.mark.parametrize(("context_length", "slots"), [(1025, 1), (0, 1), (None, 0)])
-def test_an_invalid_context_length_or_number_of_slots_is_rejected(context_length, slots, toy_gguf):
-    with pytest.raises(UserError, match="the context length is at most 1024, slots at least 1"):
-        LlamaCppEngine.load(toy_gguf, EngineOptions(slots=slots, context_length=context_length))
-
-
 def test_insufficient_memory_is_reported_before_loading(toy_gguf, monkeypatch):
     monkeypatch.setattr(engine, "available_memory", lambda: 1_000_000)
     with pytest.raises(UserError, match=r"--slots 4 of 1024 tokens needs \d+\.\d MB of memory.*fewer slots"):

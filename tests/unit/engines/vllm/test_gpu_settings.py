@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from dimensions import CHATGLM3_6B
+from dimensions import CHATGLM3_6B, GLM4_9B
 
 from entrypoints.checkpoint.native import open_native
 from entrypoints.engines.loading import default_slots
@@ -46,6 +46,9 @@ def machine(monkeypatch: pytest.MonkeyPatch):
             "bfloat16",
             (4, 1),
         ),  # three have enough memory, but 32 heads are not divided by three
+        ((24, 8), (8, 0), "bfloat16", (1, 1)),  # the second holds no copy
+        ((24, 24, 12), (8, 0), "bfloat16", (1, 2)),
+        ((24, 8, 24), (8, 0), "bfloat16", (1, 1)),  # vLLM would give the second copy the second GPU
     ],
 )
 def test_each_copy_takes_the_fewest_gpus_and_the_copies_take_all(machine, memory, capability, dtype, sizes):
@@ -118,13 +121,29 @@ def test_load_in_8bit_with_float32_or_on_an_old_gpu_is_rejected(dtype, capabilit
 
 def test_gpus_that_are_too_small_are_rejected_with_both_sizes(machine):
     machine(4)
-    with pytest.raises(UserError, match=r"needs 13\.7 GB, the GPUs have 3\.9 GB"):
+    with pytest.raises(UserError, match=r"needs 14\.0 GB on each of 1 GPUs .* may use 3\.9 GB .*; use --load-in 8bit"):
         gpu_settings(CHATGLM3_6B, EngineOptions())
+    machine(24, 8)
+    with pytest.raises(UserError, match=r"needs 14\.0 GB .* may use 7\.7 GB"):
+        gpu_settings(CHATGLM3_6B, EngineOptions(data_parallel_size=2))
+
+
+def test_a_context_that_does_not_fit_beside_the_weights_is_rejected_and_the_shorter_one_of_the_remedy_fits(machine):
+    """Otherwise vLLM ends with "To serve at least one request …" after it has loaded the weights."""
+    machine(24)
+    with pytest.raises(UserError, match=r"needs 26\.\d GB .* context of 131072 tokens.* may use 23\.2 GB") as error:
+        gpu_settings(GLM4_9B, EngineOptions())
+    context_length = int(re.findall(r"--context-length (\d+)", error.value.remedy)[0])
+    assert gpu_settings(dataclasses.replace(GLM4_9B, context_length=context_length), EngineOptions())
+    with pytest.raises(UserError):
+        gpu_settings(dataclasses.replace(GLM4_9B, context_length=context_length + 1024), EngineOptions())
+    machine(24, 24)
+    assert gpu_settings(GLM4_9B, EngineOptions())["tensor_parallel_size"] == 2
 
 
 def test_a_number_of_gpus_that_does_not_divide_the_heads_is_rejected(machine):
     machine(6, 6, 6)
-    with pytest.raises(UserError, match="32 heads cannot be split over 3"):
+    with pytest.raises(UserError, match=r"on each of 2 GPUs .* \(1, 2, 4 or 8 for a copy\)"):
         gpu_settings(CHATGLM3_6B, EngineOptions())
     machine(80, 80, 80)
     with pytest.raises(UserError, match="--tensor-parallel-size 3 does not divide the 32 attention heads"):
@@ -140,9 +159,12 @@ def test_more_gpus_than_are_visible_are_rejected(machine):
 
 def test_a_gpu_that_others_use_is_rejected_and_the_share_of_the_remedy_is_accepted(machine):
     machine(80, used=40)
-    with pytest.raises(UserError, match=r"90% of the 85\.9 GB of GPU 0 .* 42\.9 GB are free") as error:
+    with pytest.raises(
+        UserError, match=r"90% of the 85\.9 GB of GPU 0 .* 42\.6 GB are free beside its context"
+    ) as error:
         gpu_settings(CHATGLM3_6B, EngineOptions())
     share = float(error.value.remedy.rpartition(" ")[2])
+    assert share * 80 * GIB <= 40 * GIB - 300e6 < (share + 0.01) * 80 * GIB
     assert gpu_settings(CHATGLM3_6B, EngineOptions(gpu_memory_utilization=share))["gpu_memory_utilization"] == share
 
 
