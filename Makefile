@@ -244,6 +244,12 @@ bench-cpu: $(READY) ## Measure the 6B on CPUs: start, generating, reading prompt
 test-gpu: ## Check everything that needs a CUDA GPU, on one card in nine minutes: make test-gpu [PARTS="numbers loss"]
 	$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3) tests/gpu/run.py $(PARTS)
 
+# Those that replace an older version and are not large: pyarrow, bitsandbytes and DeepSpeed are left to the machine.
+GPU_WHEELS := accelerate huggingface-hub peft safetensors tokenizers transformers
+gpu-wheels: $(READY) ## Download what test-gpu needs on a GPU machine with Python 3.12 and no network: copy .gpu-wheels there
+	$(VENV)/bin/pip download -q --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_17_x86_64 \
+	  -d .gpu-wheels $(foreach name,$(GPU_WHEELS),$(shell grep -oE '^$(name)==[^ ]+' $(LOCKS)/train-cuda.lock))
+
 bench-gpu: ## Measure training and decoding of the 6B on one GPU, beside the limits of the card
 	$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3) tests/bench/gpu_bench.py $(ARGS)
 
@@ -294,4 +300,4 @@ k8s-rendered: ## Update the reviewed renderings in tests/manifests/rendered afte
 clean: ## Remove the virtual environments and the output of the demo
 	rm -rf $(VENV) $(VLLM_VENV) $(ENGINE_VENV) $(CLIENTS_VENV) demo build *.egg-info
 
-.PHONY: help venv demo up down remove switch backup restore logs chat serve evaluate quantize train llamacpp doctor gpu-ready test test-all test-clients test-engine fuzz test-vllm lint fix bench bench-cpu test-gpu bench-gpu soak lock images wheelhouse pins sbom audit test-images-full k8s-registry k8s-rendered clean
+.PHONY: help venv demo up down remove switch backup restore logs chat serve evaluate quantize train llamacpp doctor gpu-ready test test-all test-clients test-engine fuzz test-vllm lint fix bench bench-cpu test-gpu gpu-wheels bench-gpu soak lock images wheelhouse pins sbom audit test-images-full k8s-registry k8s-rendered clean

@@ -40,11 +40,13 @@ class _Memory(ctypes.Structure):
 def list_gpus(library: str = NVML, env: Mapping[str, str] = os.environ) -> list[Gpu]:
     """The GPUs of CUDA_VISIBLE_DEVICES, in its order; all GPUs without it.
 
-    Through CUDA where NVML is missing or knows the GPUs as something else than CUDA does, as with MIG.
+    Through CUDA where NVML is missing, or knows the GPUs as something else, as with MIG, or in another order: NVML
+    lists them by bus number, CUDA the fastest first unless CUDA_DEVICE_ORDER says otherwise.
     """
     if not torch.cuda.is_available():
         return []
-    found = _list_through_nvml(library, env.get("CUDA_VISIBLE_DEVICES"))
+    by_bus = env.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    found = _list_through_nvml(library, env.get("CUDA_VISIBLE_DEVICES"), by_bus)
     return [_ask_cuda(number) for number in range(torch.cuda.device_count())] if found is None else found
 
 
@@ -72,7 +74,7 @@ def _ask_cuda(number: int) -> Gpu:
     return Gpu(torch.cuda.get_device_name(number), total, free, torch.cuda.get_device_capability(number))
 
 
-def _list_through_nvml(library: str, visible: str | None) -> list[Gpu] | None:
+def _list_through_nvml(library: str, visible: str | None, by_bus: bool) -> list[Gpu] | None:
     try:
         nvml = ctypes.CDLL(library)
     except OSError:
@@ -80,7 +82,7 @@ def _list_through_nvml(library: str, visible: str | None) -> list[Gpu] | None:
     if nvml.nvmlInit_v2():
         return None
     try:
-        return [_describe(nvml, handle) for handle in _handles(nvml, visible)]
+        return [_describe(nvml, handle) for handle in _handles(nvml, visible, by_bus)]
     except (_UnknownGpuError, AttributeError):  # an older library lacks a function
         return None
     finally:
@@ -91,7 +93,7 @@ class _UnknownGpuError(Exception):
     """NVML cannot describe what CUDA uses."""
 
 
-def _handles(nvml: ctypes.CDLL, visible: str | None) -> Iterator[ctypes.c_void_p]:
+def _handles(nvml: ctypes.CDLL, visible: str | None, by_bus: bool) -> Iterator[ctypes.c_void_p]:
     """The devices that CUDA would list: indices or beginnings of UUIDs, up to the first that does not exist."""
     count = ctypes.c_uint()
     _check(nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)))
@@ -100,6 +102,8 @@ def _handles(nvml: ctypes.CDLL, visible: str | None) -> Iterator[ctypes.c_void_p
         handle = ctypes.c_void_p()
         _check(nvml.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(handle)))
         handles.append(handle)
+    if not by_bus and len({_text(nvml.nvmlDeviceGetName, handle) for handle in handles}) > 1:
+        raise _UnknownGpuError
     if visible is None:
         yield from handles
         return

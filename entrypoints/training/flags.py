@@ -217,7 +217,7 @@ def _select_device(args: argparse.Namespace, settings: Settings) -> str:
     if args.num_gpus != 0:
         return args.device or settings.device
     for flag, value in (("--device", args.device), ("--gpu-memory", args.gpu_memory)):
-        if value not in (None, "cpu"):
+        if value not in (None, "auto", "cpu"):
             raise UserError(f"--num-gpus 0 trains on CPUs, but {flag} is {value}", f"omit --num-gpus or {flag}")
     return "cpu"
 

@@ -6,7 +6,8 @@
 training    LoRA, QLoRA and full at 1,024 and 8,192 tokens, batches of 4 and of 1: forward, backward and AdamW as
             `glm train` does them, without reading rows; tokens per second and MFU, the share of the peak that 6 (full)
             or 4 (adapters) floating-point operations for each weight and token are, with the attention's own.
-            Activations are recomputed for full and at 8,192 tokens; recomputation does not count as work
+            Activations are recomputed for full and at 8,192 tokens, and where the card is too small otherwise;
+            recomputation does not count as work
 decoding    1, 8 and 64 answers on the transformers engine's model, greedy; tokens per second beside the limit of the
             bandwidth, at which each step reads all weights and all caches once
 first       seconds to the first token of a prompt of 2,048 tokens
@@ -18,11 +19,13 @@ one JSON line for each row. Figures to beat, which other programs published:
 - LoRA, 8B, bfloat16, one H100, batches of 4 of 1,024 tokens: 9,621 tokens/s with SDPA, 10,115 with Liger's kernels,
   10,256 with FlashAttention and Liger (TRL's and Liger's documentation); for the 6.24B about 13,200
 - one RTX 4090, 8B packed to 2,048: LoRA 3,083 tokens/s, QLoRA 2,413 (torchtune's README)
-- vLLM, 8B, one H100, ShareGPT: 13,305 tokens/s in bfloat16, 16,453 in FP8 (vLLM's published benchmarks);
-  `serve_bench.py --engine vllm` measures the server
+- vLLM, 8B, one H100, ShareGPT: 13,305 tokens/s in bfloat16, 16,453 in FP8 (vLLM's published benchmarks); not measured
+  here: `vllm bench serve` sends the same load to `glm serve --engine vllm`
 """
 
 import argparse
+import gc
+import itertools
 import json
 import sys
 import tempfile
@@ -61,9 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"peak {peak / 1e12:.3g} TFLOP/s in bfloat16, bandwidth {bandwidth / 1e9:.4g} GB/s, both measured")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in (
-            *decoding(shape, device, bandwidth, args.small),
-            *training(shape, device, peak, args, Path(folder)),
+        for row in itertools.chain(
+            decoding(shape, device, bandwidth, args.small), training(shape, device, peak, args, Path(folder))
         ):
             print(json.dumps(row), flush=True)
             rows.append(row)
@@ -102,21 +104,37 @@ def synchronize(device: str) -> None:
 def training(shape: ModelConfig, device: str, peak: float, args: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """A row for each method and length."""
     base = random_folder(folder, shape, device)
-    for name, fields in TRAINING.items():
+    for name in TRAINING:
         for length, batch in ((32, 2), (64, 1)) if args.small else ((1024, 4), (8192, 1)):
-            recompute = name == "full" or length > 1024
-            row: Row = {"what": f"train {name}", "tokens": length, "batch": batch}
-            try:
-                model = load_trainable(base, shape, device, gradient_checkpointing=recompute, **fields)
-                seconds, gib = _seconds_of_step(model, random_batch(shape, batch, length, device), device, args.steps)
-                speed = batch * length / seconds
-                work = speed * flops_of_token(shape, length, 6 if name == "full" else 4)
-                yield {**row, "tokens_per_s": round(speed, 1), "share_of_limit": round(work / peak, 4), "gib": gib}
-                del model
-            except (ImportError, torch.OutOfMemoryError) as error:  # no bitsandbytes, or a smaller card
-                yield {**row, "skipped": str(error).splitlines()[0][:120]}
-            if device == "cuda":
-                torch.cuda.empty_cache()
+            for recompute in (False, True) if name != "full" and length <= 1024 else (True,):
+                row: Row = {"what": f"train {name}", "tokens": length, "batch": batch, "recomputed": recompute}
+                try:
+                    seconds, gib = _seconds_of_method(name, base, shape, (batch, length), device, args.steps, recompute)
+                except (ImportError, torch.OutOfMemoryError) as error:  # no bitsandbytes, or a smaller card
+                    row["skipped"] = str(error).splitlines()[0][:120]
+                else:
+                    speed = batch * length / seconds
+                    work = speed * flops_of_token(shape, length, 6 if name == "full" else 4)
+                    row |= {"tokens_per_s": round(speed, 1), "share_of_limit": round(work / peak, 4), "gib": gib}
+                free_memory(device)
+                yield row
+                if "skipped" not in row:
+                    break
+
+
+def _seconds_of_method(
+    name: str, base: Path, shape: ModelConfig, size: tuple[int, int], device: str, steps: int, recompute: bool
+) -> tuple[float, float]:
+    """Seconds of a step and its peak memory in GiB; nothing of the model outlives the call."""
+    model = load_trainable(base, shape, device, gradient_checkpointing=recompute, **TRAINING[name])
+    return _seconds_of_step(model, random_batch(shape, *size, device), device, steps)
+
+
+def free_memory(device: str) -> None:
+    """Return what an error or an earlier model left behind."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _seconds_of_step(model: torch.nn.Module, batch: dict, device: str, steps: int) -> tuple[float, float]:
@@ -154,15 +172,21 @@ def decoding(shape: ModelConfig, device: str, bandwidth: float, small: bool) -> 
     prompt, new = (16, 8) if small else (512, 64)
     generate = {"do_sample": False, "pad_token_id": 0}
     for answers in (1, 8, 64):
-        ids = random_batch(shape, answers, prompt, device)["input_ids"]
-        first = seconds_of(lambda ids=ids: model.generate(ids, max_new_tokens=1, **generate), device, 3)
-        whole = seconds_of(lambda ids=ids: model.generate(ids, max_new_tokens=1 + new, **generate), device, 3)
+        row: Row = {"what": "decode", "answers": answers}
+        try:
+            ids = random_batch(shape, answers, prompt, device)["input_ids"]
+            first = seconds_of(lambda ids=ids: model.generate(ids, max_new_tokens=1, **generate), device, 3)
+            whole = seconds_of(lambda ids=ids: model.generate(ids, max_new_tokens=1 + new, **generate), device, 3)
+        except torch.OutOfMemoryError as error:
+            yield {**row, "skipped": str(error).splitlines()[0][:120]}
+            continue
         speed = answers * new / (whole - first)
         cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize * (prompt + new / 2)
         step = weight_bytes(shape, dtype.itemsize) - shape.vocab_size * shape.hidden_size * dtype.itemsize
         limit = answers * bandwidth / (step + answers * cache)
-        row = {"what": "decode", "answers": answers, "tokens_per_s": round(speed, 1)}
-        yield {**row, "limit": round(limit, 1), "share_of_limit": round(speed / limit, 4)}
+        row |= {"tokens_per_s": round(speed, 1), "limit": round(limit, 1), "share_of_limit": round(speed / limit, 4)}
+        yield row
+    free_memory(device)
     ids = random_batch(shape, 1, 32 if small else 2048, device)["input_ids"]
     first = seconds_of(lambda: model.generate(ids, max_new_tokens=1, **generate), device, 5)
     yield {"what": "first token", "tokens": ids.shape[1], "s": round(first, 4)}

@@ -83,9 +83,11 @@ def test_training_reserves_gpus_only_if_their_number_is_set():
     profiles = ("train", "train-multi", "train-node", "eval")
     names = ("train", "train-0", "train-1", "train-node", "evaluate")
     assert reserved_gpus(profiles) == reserved_gpus(profiles, NUM_GPUS="") == reserved_gpus(profiles, NUM_GPUS=0) == {}
-    for count in (*range(1, 9), 10, 16):
+    for count in range(1, 17):
         reserved = reserved_gpus(profiles, NUM_GPUS=count)
         assert {name: devices[0]["count"] for name, devices in reserved.items()} == dict.fromkeys(names, count)
+    too_many = Project("glm-test", profiles, NUM_GPUS=17).compose("config", check=False)
+    assert 'service "trained-on-17-gpus" not found' in too_many.stderr
     some = reserved_gpus(profiles, NUM_GPUS=2, GPU_IDS="4,5")
     assert {name: devices[0]["device_ids"] for name, devices in some.items()} == {name: ["4,5"] for name in names}
     for count, device in ((8, "auto"), (0, "cpu")):

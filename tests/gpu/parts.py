@@ -109,6 +109,7 @@ def half(device: str, folder: Path, small: bool) -> Found:
 
 def packed(device: str, folder: Path, small: bool) -> Found:
     """Packed rows of 8,192 tokens together have the loss and gradients of each row alone."""
+    need("peft")
     shape = TINY if small else TWO_LAYERS
     lengths = [40, 1, 17, 70] if small else [1000, 24, 3000, 1, 67, 2050, 1950, 100]
     model = load_trainable(random_folder(folder, shape, device), shape, device, method="lora", lora_dropout=0.0)
@@ -191,12 +192,13 @@ def start_peak(device: str) -> Callable[[], float]:
 
 def methods(device: str, folder: Path, small: bool) -> Found:
     """Every method takes three steps, its loss falls, within the memory that the preflight counts."""
+    need("peft")
     return _three_steps(METHODS, device, folder, small)
 
 
 def quantized(device: str, folder: Path, small: bool) -> Found:
     """The same with a base model in 8 and 4 bits."""
-    need("bitsandbytes")
+    need("bitsandbytes", "peft")
     return _three_steps(QUANTIZED, device, folder, small)
 
 
@@ -249,21 +251,21 @@ def zero3(device: str, folder: Path, small: bool) -> Found:
     return _deepspeed("zero3-offload", device, folder)
 
 
-def _deepspeed(preset: str, device: str, folder: Path) -> Found:
+def _deepspeed(preset: str, device: str, folder: Path, *flags: str) -> Found:
     need("deepspeed", "datasets")
-    return _run_twice(device, folder, ["--deepspeed", preset])
+    return _run_twice(device, folder, ["--deepspeed", preset, *flags])
 
 
 def zero2_ranks(device: str, folder: Path, small: bool) -> Found:
     """Two processes on two GPUs under ZeRO-2, then resumed."""
     need_gpus(device, 2)
-    return _run_twice(device, folder, ["--deepspeed", "zero2", "--num-gpus", "2"])
+    return _deepspeed("zero2", device, folder, "--num-gpus", "2")
 
 
 def zero3_ranks(device: str, folder: Path, small: bool) -> Found:
     """The same with ZeRO-3, which divides the weights over the GPUs."""
     need_gpus(device, 2)
-    return _run_twice(device, folder, ["--deepspeed", "zero3", "--num-gpus", "2"])
+    return _deepspeed("zero3", device, folder, "--num-gpus", "2")
 
 
 def resume(device: str, folder: Path, small: bool) -> Found:

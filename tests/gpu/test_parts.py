@@ -1,8 +1,11 @@
 """The parts of `make test-gpu` on a CPU, as far as they go there, and how they are run."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,55 @@ def test_every_part_writes_one_line_and_one_that_fails_or_is_too_slow_ends_no_ot
     assert [line["part"] for line in lines] == ["refusal", "numbers"]
     assert lines == [{"part": "refusal", "ok": False, "error": "longer than 0 s"}, lines[1]]
     assert run("refusal", "--small", "--device", "cpu", "--patience", "12")[0]["ok"]
+
+
+def test_a_part_for_which_no_time_is_left_has_failed():
+    command = [sys.executable, FOLDER / "run.py", "refusal", "numbers", "--small", "--device", "cpu", "--patience", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines == [{"part": name, "ok": False, "error": "no time was left"} for name in ("refusal", "numbers")]
+
+
+def test_a_training_that_a_part_started_ends_with_the_part(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    running = []
+
+    def watch() -> None:
+        while not stopped.wait(0.05):
+            running.extend(line for line in command_lines() if "entrypoints\0train" in line and str(tmp_path) in line)
+
+    stopped = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    lines = run("resume", "--small", "--device", "cpu", "--patience", "0.2")
+    stopped.set()
+    watcher.join()
+    assert lines == [{"part": "resume", "ok": False, "error": "longer than 18 s"}]
+    assert running, "the training had started"
+    assert not [line for line in command_lines() if str(tmp_path) in line]
+
+
+def command_lines() -> list[str]:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            found.append(file.read_text(errors="replace"))
+    return found
+
+
+def test_the_packages_that_were_copied_to_the_machine_are_imported_first(tmp_path):
+    """A wheel with a transformers that only says what it is."""
+    sys.path.insert(0, str(FOLDER))
+    import run as program
+
+    with zipfile.ZipFile(tmp_path / "transformers-0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("transformers/__init__.py", "print('copied')")
+    with program._unpacked(tmp_path) as packages:
+        done = subprocess.run(
+            [sys.executable, "-c", "import transformers"], env={"PYTHONPATH": packages}, capture_output=True
+        )
+    assert done.stdout == b"copied\n"
 
 
 def test_the_benchmark_of_a_gpu_runs_with_a_tiny_model_on_a_cpu():

@@ -41,6 +41,7 @@ def test_no_other_run_time_compiler_is_on_by_default():
     [
         ("7.5", "TRITON_ATTN", 2048, "MarlinFP8ScaledMMLinearKernel"),
         ("8.0", "FLASH_ATTN", 2048, "MarlinFP8ScaledMMLinearKernel"),
+        ("8.9", "FLASH_ATTN", 2048, "CutlassFP8ScaledMMLinearKernel"),
         ("9.0", "FLASH_ATTN", 8192, "CutlassFP8ScaledMMLinearKernel"),
         ("10.0", "FLASHINFER", 8192, "CutlassFP8ScaledMMLinearKernel"),
     ],

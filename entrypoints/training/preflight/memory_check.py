@@ -86,7 +86,9 @@ def check_states_fit(plan: MemoryPlan, gpu_bytes: float | None, host_bytes: floa
         if needed > free:
             alternatives = list_alternatives(plan, gpu_bytes)
             flags = next((flags for flags, other in alternatives if other.estimate().fits(gpu_bytes, host_bytes)), None)
-            hardware = "use a host with more memory" if place == "the host" else "use more or larger GPUs"
+            hardware = (
+                "use more memory (with Compose: TRAIN_MEMORY)" if place == "the host" else "use more or larger GPUs"
+            )
             raise UserError(
                 f"weights, gradients and optimizer need {format_size(needed)} of {place}, {format_size(free)} are free",
                 f"{flags} would fit; --dry-run prints the table"
@@ -98,11 +100,15 @@ def check_states_fit(plan: MemoryPlan, gpu_bytes: float | None, host_bytes: floa
 def list_alternatives(plan: MemoryPlan, gpu_bytes: float | None) -> list[tuple[str, MemoryPlan]]:
     """Changed runs that need less memory, smallest change first, each with the flags to change.
 
-    Without a GPU (`gpu_bytes` is None) offloading gains nothing, and qlora is not available.
+    Without a GPU (`gpu_bytes` is None) offloading gains nothing, and qlora is not available. A GPU that has no bfloat16
+    computes in float32 unless --fp16 is given.
     """
     arguments = plan.arguments
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if arguments.method != "ptuning" else {}
     changes = [checkpointing]
+    if gpu_bytes is not None and plan.compute_dtype == torch.float32:
+        checkpointing = {"fp16": True, **checkpointing}
+        changes.append(checkpointing)
     if arguments.per_device_train_batch_size > 1:
         changes.append({"per_device_train_batch_size": 1, **checkpointing})
     if not arguments.quantized_bits:
@@ -113,6 +119,8 @@ def list_alternatives(plan: MemoryPlan, gpu_bytes: float | None) -> list[tuple[s
         changes.append({"method": "lora", "freeze_layers": DEFAULTS["freeze_layers"]})
         if gpu_bytes is not None:
             changes.append({**changes[-1], "method": "qlora", **checkpointing, "deepspeed": None})
+    elif arguments.method == "lora" and gpu_bytes is not None and not arguments.quantized_bits:
+        changes.append({"method": "qlora", **checkpointing, "deepspeed": None})
     found = {}
     for change in changes:
         changed = {name: value for name, value in change.items() if getattr(arguments, name) != value}

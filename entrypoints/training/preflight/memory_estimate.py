@@ -96,7 +96,8 @@ class MemoryPlan:
     def with_arguments(self, arguments: TrainArguments) -> "MemoryPlan":
         """The same run with other options."""
         config = read_config(arguments.deepspeed) if arguments.deepspeed else None
-        return replace(self, arguments=arguments, deepspeed=config)
+        compute_dtype = torch.float16 if arguments.fp16 else self.compute_dtype
+        return replace(self, arguments=arguments, deepspeed=config, compute_dtype=compute_dtype)
 
     def estimate(self) -> MemoryEstimate:
         """The memory that the run needs."""

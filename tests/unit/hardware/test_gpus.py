@@ -93,7 +93,7 @@ def asked(monkeypatch):
 def test_the_gpus_are_those_of_cuda_visible_devices_in_its_order(visible, numbers, nvml, asked):
     """CUDA ends the list at the first one that does not exist (CUDA C++ Programming Guide, environment variables)."""
     env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert list_gpus(nvml(), env) == [FOUND[number] for number in numbers]
+    assert list_gpus(nvml(), env | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}) == [FOUND[number] for number in numbers]
     assert not asked
 
 
@@ -104,12 +104,21 @@ def test_the_gpus_are_those_of_cuda_visible_devices_in_its_order(visible, number
         ({"mig": 1, "mig_code": 0}, {}),
         ({}, {"CUDA_VISIBLE_DEVICES": "MIG-12345678"}),
         ({"capability": ""}, {}),
+        ({}, {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}),
+        ({}, {"CUDA_DEVICE_ORDER": ""}),
     ],
-    ids=["no driver", "MIG", "named instance", "older library"],
+    ids=["no driver", "MIG", "named instance", "older library", "another order", "CUDA's order, different cards"],
 )
 def test_cuda_is_asked_where_nvml_cannot_answer(fields, env, nvml, asked):
-    assert list_gpus(nvml(**fields), env) == [Gpu("asked", 4 * GB, 3 * GB, (8, 6))]
+    by_bus = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert list_gpus(nvml(**fields), by_bus | env) == [Gpu("asked", 4 * GB, 3 * GB, (8, 6))]
     assert asked == [0]
+
+
+def test_equal_cards_are_read_from_nvml_whatever_the_order(nvml, asked):
+    found = list_gpus(nvml(names='"A100", "A100"'), {})
+    assert [gpu.name for gpu in found] == ["A100", "A100"]
+    assert not asked
 
 
 def test_cuda_is_asked_on_a_machine_without_nvml(asked):

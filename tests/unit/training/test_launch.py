@@ -111,7 +111,7 @@ def parsed(*flags: str, device: str = "auto") -> TrainArguments:
 
 def test_num_gpus_0_trains_on_cpus_whatever_device_the_environment_sets():
     assert parsed("--num-gpus=0", device="cuda").device == "cpu"
-    assert parsed("--num-gpus=0", "--device=cpu").device == "cpu"
+    assert parsed("--num-gpus=0", "--device=cpu").device == parsed("--num-gpus=0", "--device=auto").device == "cpu"
     assert parsed("--num-gpus=1", device="cuda").device == "cuda"
     layout = launch.plan_layout(parsed("--num-gpus=0", "--num-processes=2"), {}, 8)
     assert layout.world_size == 2

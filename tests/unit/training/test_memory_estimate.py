@@ -27,6 +27,7 @@ from entrypoints.training.preflight.memory_estimate import MemoryPlan, layer_act
 from entrypoints.training.preparation import prepare
 from entrypoints.training.run_context import open_run
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 CHATGLM3_6B = ModelConfig(28, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
 
 
@@ -195,7 +196,9 @@ def test_an_optimizer_offloaded_to_a_small_host_is_rejected_with_the_host_as_the
     offloaded = plan(deepspeed="zero3-offload")
     with pytest.raises(UserError, match=r"need 1\d\d.\d GB of the host, 64.0 GB are free; --method lora would fit"):
         memory_check.check_states_fit(offloaded, 79e9, 64e9)
-    with pytest.raises(UserError, match=r"GB of the host, 4.0 GB are free; use a host with more memory"):
+    with pytest.raises(
+        UserError, match=r"GB of the host, 4.0 GB are free; use more memory \(with Compose: TRAIN_MEMORY"
+    ):
         memory_check.check_states_fit(offloaded, 79e9, 4e9)
     memory_check.check_states_fit(offloaded, 79e9, 256e9)
 
@@ -280,7 +283,35 @@ def parsed(flags):
     return parse_train_arguments(parser.parse_args([*REQUIRED, *flags]), Settings())
 
 
+def test_on_a_gpu_without_bfloat16_fp16_is_offered_and_makes_a_lora_fit_16_gb():
+    """A T4: the run would compute in float32. The counted weights and activations of the remedy are half as large."""
+    t4 = replace(
+        plan(length=1025, method="lora", gradient_checkpointing=True, per_device_train_batch_size=1),
+        compute_dtype=torch.float32,
+    )
+    with pytest.raises(UserError, match=r"need 25\.\d GB of each GPU, 15\.6 GB are free; --fp16 would fit"):
+        memory_check.check_states_fit(t4, 15.6e9, 64e9)
+    (remedy,) = (changed for flags, changed in memory_check.list_alternatives(t4, 15.6e9) if flags == "--fp16")
+    memory_check.check_states_fit(remedy, 15.6e9, 64e9)
+    assert remedy.estimate().weights == pytest.approx(12.5e9, rel=0.01)
+    assert "--fp16" not in dict(memory_check.list_alternatives(replace(t4, compute_dtype=torch.bfloat16), 15.6e9))
+    assert not [flags for flags, _ in memory_check.list_alternatives(t4, None) if "--fp16" in flags]
+
+
+def test_a_lora_that_does_not_fit_a_small_gpu_is_offered_as_qlora():
+    small = plan(method="lora", gradient_checkpointing=True, per_device_train_batch_size=1)
+    with pytest.raises(UserError, match="--method qlora would fit"):
+        memory_check.check_states_fit(small, 7e9, 8e9)
+
+
+def test_eight_gpus_of_one_machine_are_loaded_within_the_memory_limit_of_compose():
+    limit = re.search(r"TRAIN_MEMORY:-(\d+)g", (REPOSITORY / "compose" / "common.yaml").read_text())
+    for fields in ({"method": "lora"}, {"deepspeed": "zero2"}, {"deepspeed": "zero3"}):
+        assert plan(8, **fields).estimate().host(has_gpu=True) < int(limit[1]) << 30
+
+
 @pytest.mark.parametrize("gpu", [None, 24e9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "flags",
     [
@@ -291,9 +322,9 @@ def parsed(flags):
         ("--method", "freeze", "--freeze-layers", "2", "--deepspeed", "zero2"),
     ],
 )  # fmt: skip
-def test_the_flags_of_every_alternative_turn_the_given_run_into_it(flags, gpu):
+def test_the_flags_of_every_alternative_turn_the_given_run_into_it(flags, dtype, gpu):
     """Added to the given flags and without the omitted ones: none is rejected, missing or repeated."""
-    found = memory_check.list_alternatives(plan(2).with_arguments(parsed(flags)), gpu)
+    found = memory_check.list_alternatives(replace(plan(2), compute_dtype=dtype).with_arguments(parsed(flags)), gpu)
     assert found
     for text, alternative in found:
         added, _, omitted = text.partition("without ")
