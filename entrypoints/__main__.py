@@ -74,7 +74,7 @@ def _run(argv: list[str]) -> int:
     try:
         limit_garbage_collection()
         module, args = parse_arguments(argv)
-        limit_openmp_spinning(os.environ)  # before torch or llama.cpp load their OpenMP library
+        limit_openmp_spinning(os.environ, argv)  # before torch or llama.cpp load their OpenMP library
         settings = Settings.from_env(os.environ)
         logs.configure(args.log_format or settings.log_format, args.log_level or settings.log_level, settings.secrets())
         return module.run(args, settings) or 0

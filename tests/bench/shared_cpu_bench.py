@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure(work: str, file: Path | None, args: argparse.Namespace) -> None:
     limited: dict[str, str] = {}
-    limit_openmp_spinning(limited)
+    limit_openmp_spinning(limited, ["model.gguf"] if work == "llamacpp" else [])
     ((name, value),) = limited.items()
     alone: dict[str, float] = {}
     for place, context in (("alone", contextlib.nullcontext), ("beside", _busy), ("quota", _quota)):

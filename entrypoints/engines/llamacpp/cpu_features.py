@@ -94,8 +94,10 @@ def _variant() -> Path | None:
 
 @functools.cache
 def _replace_cpu_code(variant: Path) -> None:
-    version, compiled = importlib.metadata.version("xllamacpp"), (variant.parent / "VERSION").read_text().strip()
-    if compiled != version:
+    version, file = importlib.metadata.version("xllamacpp"), variant.parent / "VERSION"
+    if not file.is_file():
+        raise UserError(f"{variant.parent} is incomplete: {file.name} is missing", "run make llamacpp")
+    if (compiled := file.read_text().strip()) != version:
         raise UserError(f"{variant.parent} belongs to xllamacpp {compiled}, not {version}", "run make llamacpp")
     from xllamacpp import xllamacpp
 

@@ -147,9 +147,12 @@ class LlamaCppEngine:
         self._check_length(len(prompt))
         sampling = Sampling(max_new_tokens=1, temperature=0, top_logprobs=top_logprobs)
         with self._slot_for(prompt, sampling.cache_salt, cancelled) as slot:
+            if slot is None:
+                return []
+            slot.is_saved = True  # no file: every id is computed each time
             tokens = score_prompt(
                 self._streams.stream,
-                lambda ids: _completion_request(ids, sampling, 1) | {"id_slot": slot.number if slot else 0},
+                lambda ids: _completion_request(ids, sampling, 1) | {"id_slot": slot.number},
                 prompt,
                 self.tokenizer,
                 cancelled,

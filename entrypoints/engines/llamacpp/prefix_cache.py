@@ -94,7 +94,7 @@ class PrefixCache:
         with self._changed:
             found = self._store.best(prompt, owner)
             is_better = found is not None and found[0] >= known + MIN_TOKENS
-            if is_better or known < len(slot.tokens) // 2:
+            if is_better or len(slot.tokens) - known >= MIN_TOKENS:  # they would be lost
                 self._save(slot)
             if found and is_better and self._restore(slot, found[1]):
                 return
@@ -131,7 +131,9 @@ def open_store(checkpoint: GgufCheckpoint, options: EngineOptions) -> PrefixStor
     assert options.prefix_cache
     build = importlib.metadata.version("xllamacpp")
     # llama.cpp rejects a state that was written with another number of slots, or that is longer than a slot
-    text = f"{read_file_record(checkpoint.file)['sha256']} {build} {options.slots} {checkpoint.context_length}"
+    file = checkpoint.file.stat()  # the record says nothing of a file that was replaced without it
+    model = f"{read_file_record(checkpoint.file)['sha256']} {file.st_size} {file.st_mtime_ns}"
+    text = f"{model} {build} {options.slots} {checkpoint.context_length}"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
     return PrefixStore(options.prefix_cache, fingerprint, options.prefix_cache_bytes)
 

@@ -10,6 +10,8 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from entrypoints.untrusted import read_json_file
 
 logger = logging.getLogger(__name__)
 OPERATOR = "\0operator"  # owner of the prompts that every client may use; no API key has this name
+ABANDONED_SECONDS = 3600  # a state is written in seconds
 STATE_SUFFIX, RECORD_SUFFIX, PARTIAL_SUFFIX = ".state", ".json", ".partial"
 
 
@@ -49,13 +52,15 @@ class PrefixStore:
         self.folder = folder / fingerprint[:32]
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for partial in self.folder.glob(f"*{PARTIAL_SUFFIX}"):
-                partial.unlink()
+            self._remove_abandoned()
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass  # it can be written
             self._states = [state for record in self.folder.glob(f"*{RECORD_SUFFIX}") if (state := _read(record))]
         except OSError as error:
             raise UserError(
                 f"--prefix-cache {folder} cannot be used ({error})", "choose a folder that is writable"
             ) from error
+        self._remove_oldest()
 
     def best(self, prompt: Sequence[int], owner: str) -> tuple[int, PrefixState] | None:
         """The state that shares the most ids with the start of the prompt, of this owner or the operator."""
@@ -73,6 +78,8 @@ class PrefixStore:
             logger.warning("%s does not match its SHA-256; its prompt is computed again", state.file)
         except FileNotFoundError:  # another server removed it
             pass
+        except OSError as error:
+            logger.warning("%s cannot be used (%s); its prompt is computed again", state.file, error)
         self.remove(state)
         return False
 
@@ -82,13 +89,13 @@ class PrefixStore:
         write: writes the file of this name into `self.folder`, and returns how many of the tokens it contains.
         """
         ids, hashed = np.asarray(tokens, np.int32), _hashed(owner)
-        name = hashlib.sha256(hashed.encode() + ids.tobytes()).hexdigest()[:32]
-        partial = self.folder / f"{name}{PARTIAL_SUFFIX}"
+        partial = self.folder / f"{_name(hashed, ids)}{PARTIAL_SUFFIX}"
         with contextlib.ExitStack() as stack:
             stack.callback(partial.unlink, missing_ok=True)
             ids = ids[: write(partial.name)]
             partial.chmod(0o600)
-            state = PrefixState(hashed, ids, partial.with_suffix(STATE_SUFFIX), sha256(partial))
+            file = self.folder / f"{_name(hashed, ids)}{STATE_SUFFIX}"
+            state = PrefixState(hashed, ids, file, sha256(partial))
             for old in [one for one in self._states if one.owner == hashed and _continues(ids, one.tokens)]:
                 self.remove(old)
             partial.replace(state.file)
@@ -103,10 +110,21 @@ class PrefixStore:
         """Forget a state."""
         self._states = [one for one in self._states if one is not state]
         for file in (state.record, state.file):
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that has become read-only does not stop the service
+                file.unlink(missing_ok=True)
+
+    def _remove_abandoned(self) -> None:
+        """Remove what a process of any model or build left when it died while it was writing."""
+        for partial in self._all.glob(f"*/*{PARTIAL_SUFFIX}"):
+            with contextlib.suppress(FileNotFoundError):  # another server finished it
+                if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+                    partial.unlink()
 
     def _remove_oldest(self) -> None:
-        sizes = {file: file.stat() for file in self._all.glob(f"*/*{STATE_SUFFIX}")}
+        sizes = {}
+        for file in self._all.glob(f"*/*{STATE_SUFFIX}"):
+            with contextlib.suppress(FileNotFoundError):  # another server removed it
+                sizes[file] = file.stat()
         total = sum(stat.st_size for stat in sizes.values())
         for file, stat in sorted(sizes.items(), key=lambda item: item[1].st_mtime):
             if total <= self._max_bytes:
@@ -126,6 +144,11 @@ def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
 
 def _continues(tokens: np.ndarray, earlier: np.ndarray) -> bool:
     return common_prefix(tokens, earlier) == len(earlier)
+
+
+def _name(owner: str, ids: np.ndarray) -> str:
+    """Name of the files of these ids of a hashed owner."""
+    return hashlib.sha256(owner.encode() + ids.tobytes()).hexdigest()[:32]
 
 
 def _hashed(owner: str) -> str:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from entrypoints.hardware import resources
-from entrypoints.hardware.resources import GC_THRESHOLD, OPENMP_SPIN_COUNT, limit_openmp_spinning
+from entrypoints.hardware.resources import GC_THRESHOLD, LLAMACPP_SPIN_COUNT, OPENMP_SPIN_COUNT, limit_openmp_spinning
 
 
 @pytest.fixture
@@ -142,11 +142,17 @@ def test_retained_memory_is_not_requested_from_the_system_again():
 
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [({}, OPENMP_SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [
+        ({}, OPENMP_SPIN_COUNT),
+        ({"MODEL_PATH": "/models/mine.gguf"}, LLAMACPP_SPIN_COUNT),
+        ({"MODEL_PATH": "/models/mine"}, OPENMP_SPIN_COUNT),
+        ({"GOMP_SPINCOUNT": "7", "MODEL_PATH": "mine.gguf"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ],
 )
 def test_openmp_spins_shortly_unless_the_user_decided_otherwise(given, spins):
     env = dict(given)
-    limit_openmp_spinning(env)
+    limit_openmp_spinning(env, ["serve"])
     assert env == given | ({"GOMP_SPINCOUNT": spins} if spins else {})
 
 
@@ -170,7 +176,8 @@ def test_every_command_limits_the_spinning_before_it_loads_a_library(library, to
     model = toy_native if library == "torch" else toy_gguf
     flags = ["chat", "--model", model, "--prompt", "你好", "--max-new-tokens", "1"]
     done = subprocess.run([sys.executable, "-c", program, library, *flags], capture_output=True, text=True, env=env)
-    assert done.stdout.splitlines()[-1] == OPENMP_SPIN_COUNT, done.stderr
+    expected = OPENMP_SPIN_COUNT if library == "torch" else LLAMACPP_SPIN_COUNT
+    assert done.stdout.splitlines()[-1] == expected, done.stderr
 
 
 @pytest.mark.parametrize("limited", [True, False])

@@ -1,5 +1,6 @@
 """KV caches of prompts in files: what a second engine reads again, for whom, and what damages do."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 
 from entrypoints.chat_format.sampling import Sampling
 from entrypoints.checkpoint.manifest import write_file_record
+from entrypoints.engines.llamacpp import prefix_store
 from entrypoints.engines.llamacpp.engine import LlamaCppEngine
 from entrypoints.engines.llamacpp.slot_files import SOCKET_NAME, SlotFiles
 from entrypoints.engines.options import EngineOptions
@@ -89,6 +91,22 @@ def test_a_conversation_that_gave_its_slot_to_another_one_is_read_from_its_file(
     answer, _ = ask(engine, CONVERSATION)
     ask(engine, CONVERSATION[::-1])
     assert ask(engine, CONVERSATION) == (answer, 1)
+
+
+def test_a_conversation_that_shares_most_of_its_slot_with_the_next_one_is_kept_too(start):
+    """The same instructions, and questions that are shorter than these."""
+    engine = start(slots=2)
+    first, second = [*CONVERSATION, *range(200, 350)], [*CONVERSATION, *range(600, 750)]
+    answer, _ = ask(engine, first)
+    ask(engine, second)
+    assert ask(engine, first) == (answer, 1)
+
+
+def test_a_scored_prompt_is_not_kept(start, tmp_path):
+    engine = start()
+    assert len(engine.score(CONVERSATION[:100], 1)) == 100
+    engine.close()
+    assert states(tmp_path) == []
 
 
 def test_no_client_profits_from_what_another_one_asked(start):
@@ -240,6 +258,61 @@ def test_a_folder_that_is_not_writable_is_named(start, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(UserError, match=r"--prefix-cache .*locked cannot be used"):
         start(prefix_cache=tmp_path / "locked")
+
+
+def test_a_folder_of_which_the_states_cannot_be_changed_is_named(start, tmp_path, monkeypatch):
+    """A mount that is read-only and has states already."""
+    first = start()
+    ask(first, CONVERSATION)
+    first.close()
+    monkeypatch.setattr(prefix_store.tempfile, "TemporaryFile", read_only)
+    with pytest.raises(UserError, match=r"--prefix-cache .*cache cannot be used .*Read-only"):
+        start()
+
+
+def test_a_folder_that_becomes_read_only_stops_no_answer(start, tmp_path, monkeypatch, caplog):
+    first = start()
+    answer, _ = ask(first, CONVERSATION)
+    first.close()
+    second = start()
+    monkeypatch.setattr(prefix_store.os, "utime", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    assert ask(second, CONVERSATION) == (answer, 800)
+    assert "cannot be used" in caplog.text
+    monkeypatch.undo()
+
+
+def read_only(*args, **kwargs):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_files_that_a_dead_process_left_are_removed_and_those_that_are_written_now_are_not(tmp_path):
+    (tmp_path / "other").mkdir()
+    abandoned, written = tmp_path / "other" / "a.partial", tmp_path / "other" / "b.partial"
+    for file in (abandoned, written):
+        file.write_text("x")
+    os.utime(abandoned, (0, 0))
+    prefix_store.PrefixStore(tmp_path, "f" * 64, 1 << 30)
+    assert (abandoned.exists(), written.exists()) == (False, True)
+
+
+def test_a_lower_limit_takes_effect_at_the_start(tmp_path):
+    store = prefix_store.PrefixStore(tmp_path, "f" * 64, 1 << 30)
+    store.add([1, 2, 3], "alice", lambda name: (store.folder / name).write_bytes(b"x" * 1000) and 3)
+    assert len(states(tmp_path)) == 1
+    prefix_store.PrefixStore(tmp_path, "f" * 64, 500)
+    assert states(tmp_path) == []
+
+
+def test_states_of_which_llama_cpp_saved_different_parts_have_files_of_their_own(tmp_path):
+    store = prefix_store.PrefixStore(tmp_path, "f" * 64, 1 << 30)
+    for count, content in ((799, b"long"), (100, b"short")):
+        store.add(CONVERSATION, "alice", lambda name, c=content, n=count: (store.folder / name).write_bytes(c) and n)
+    for asked, content in ((CONVERSATION, b"long"), (CONVERSATION[:100], b"short")):
+        _, state = store.best(asked, "alice")
+        assert store.use(state)
+        assert len(asked) != 800 or state.file.read_bytes() == content
+    assert sorted(file.read_bytes() for file in states(tmp_path)) == [b"long", b"short"]
 
 
 def test_a_file_in_place_of_the_folder_is_named(start, tmp_path):
