@@ -18,7 +18,7 @@ MEMORY_FILES = (
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
 # Of GNU OpenMP, which the PyTorch wheels contain and llama.cpp uses. llama.cpp waits more often and for less time: with
-# 1000 it would lose 4 to 8 % on a quiet machine, with 10000 about 1 %.
+# 1000 it would lose 4 to 8 % on a quiet machine, with 10000 it loses 1 to 3 %.
 OPENMP_SPIN_COUNT, LLAMACPP_SPIN_COUNT = "1000", "10000"
 GC_THRESHOLD = 10_000  # new objects between two collections; Python's default is 700
 CPUINFO_FILE = Path("/proc/cpuinfo")

@@ -136,7 +136,7 @@ def _check_file(file: Path) -> None:
     _print_fact("model", f"{file}, {facts}")
     _print_fact("  needs", f"{format_size(needed)} with {_one_slot(model_config)}")
     _print_fact("  available", f"{format_size(available_memory())}")
-    require_memory(opened, slots=1, context_length=context_length)
+    require_memory(opened, slots=1)
 
 
 def _check_folder(folder: Path, settings: Settings) -> None:

@@ -77,7 +77,7 @@ class LlamaCppEngine:
         if options.verify:
             check_file_record(file)
         checkpoint = options.limited(open_gguf(file))
-        require_memory(checkpoint, options.slots, checkpoint.context_length, options.use_mmap)
+        require_memory(checkpoint, options.slots, options.use_mmap)
         options = replace(options, threads=options.threads or available_cpus())
         logger.info(
             "loading %s (%s) with --slots %d of %d tokens, --threads %d",
@@ -210,8 +210,9 @@ def needed_bytes(
     return cache if use_mmap else cache + file_bytes + embedding
 
 
-def require_memory(checkpoint: GgufCheckpoint, slots: int, context_length: int, use_mmap: bool = False) -> None:
+def require_memory(checkpoint: GgufCheckpoint, slots: int, use_mmap: bool = False) -> None:
     """Raise UserError if less memory is available than the engine would allocate."""
+    context_length = checkpoint.context_length
     needed = needed_bytes(checkpoint.model_config, checkpoint.file.stat().st_size, slots, context_length, use_mmap)
     if (available := available_memory()) < needed:
         raise UserError(

@@ -56,11 +56,11 @@ class PrefixStore:
             with tempfile.TemporaryFile(dir=self.folder):
                 pass  # it can be written
             self._states = [state for record in self.folder.glob(f"*{RECORD_SUFFIX}") if (state := _read(record))]
+            self._remove_oldest()
         except OSError as error:
             raise UserError(
                 f"--prefix-cache {folder} cannot be used ({error})", "choose a folder that is writable"
             ) from error
-        self._remove_oldest()
 
     def best(self, prompt: Sequence[int], owner: str) -> tuple[int, PrefixState] | None:
         """The state that shares the most ids with the start of the prompt, of this owner or the operator."""

@@ -146,8 +146,8 @@ def _check_size(copy: _CopyMemory, gpus: int, smallest: int) -> None:
     context = copy.fitting_context(gpus, smallest)
     shorter = f"--context-length {context}, " if context else ""
     raise UserError(
-        f"vLLM needs {format_size(needed)} on each of {gpus} GPUs for the model and a context of "
-        f"{copy.context_length} tokens, and may use {format_size(smallest)} of the smallest",
+        f"with --tensor-parallel-size {gpus} vLLM needs {format_size(needed)} on each GPU for the model and a context "
+        f"of {copy.context_length} tokens, and may use {format_size(smallest)} of the smallest",
         f"use {shorter}--load-in 8bit, --engine transformers, or larger or more GPUs (1, 2, 4 or 8 for a copy)",
     )
 

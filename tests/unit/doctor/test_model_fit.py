@@ -66,9 +66,9 @@ def test_loading_requires_the_memory_that_the_table_states(toy_gguf, monkeypatch
     checkpoint = open_gguf(toy_gguf)
     needed = needed_bytes(checkpoint.model_config, toy_gguf.stat().st_size, 1, 1024)
     monkeypatch.setattr(engine, "available_memory", lambda: needed)
-    engine.require_memory(checkpoint, 1, 1024)
+    engine.require_memory(checkpoint, 1)
     with pytest.raises(UserError, match=r"toy\.gguf with --slots 2 of 1024 tokens needs \d+\.\d MB of memory"):
-        engine.require_memory(checkpoint, 2, 1024)
+        engine.require_memory(checkpoint, 2)
     monkeypatch.setattr(engine, "available_memory", lambda: needed - 1)
     with pytest.raises(UserError, match="fewer slots, a smaller --context-length or a smaller type"):
         LlamaCppEngine.load(toy_gguf, EngineOptions(slots=1))

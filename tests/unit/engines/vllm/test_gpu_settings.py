@@ -121,7 +121,9 @@ def test_load_in_8bit_with_float32_or_on_an_old_gpu_is_rejected(dtype, capabilit
 
 def test_gpus_that_are_too_small_are_rejected_with_both_sizes(machine):
     machine(4)
-    with pytest.raises(UserError, match=r"needs 14\.0 GB on each of 1 GPUs .* may use 3\.9 GB .*; use --load-in 8bit"):
+    with pytest.raises(
+        UserError, match=r"size 1 vLLM needs 14\.0 GB on each GPU .* may use 3\.9 GB .*; use --load-in 8bit"
+    ):
         gpu_settings(CHATGLM3_6B, EngineOptions())
     machine(24, 8)
     with pytest.raises(UserError, match=r"needs 14\.0 GB .* may use 7\.7 GB"):
@@ -143,7 +145,7 @@ def test_a_context_that_does_not_fit_beside_the_weights_is_rejected_and_the_shor
 
 def test_a_number_of_gpus_that_does_not_divide_the_heads_is_rejected(machine):
     machine(6, 6, 6)
-    with pytest.raises(UserError, match=r"on each of 2 GPUs .* \(1, 2, 4 or 8 for a copy\)"):
+    with pytest.raises(UserError, match=r"--tensor-parallel-size 2 vLLM needs .* \(1, 2, 4 or 8 for a copy\)"):
         gpu_settings(CHATGLM3_6B, EngineOptions())
     machine(80, 80, 80)
     with pytest.raises(UserError, match="--tensor-parallel-size 3 does not divide the 32 attention heads"):
