@@ -238,6 +238,7 @@ bench-cpu: $(READY) ## Measure the 6B on CPUs: start, generating, reading prompt
 	$(VENV)/bin/python tests/bench/quality_bench.py
 	$(VENV)/bin/python tests/bench/lowcost_bench.py
 	$(VENV)/bin/python tests/bench/prefill_bench.py --defaults
+	$(VENV)/bin/python tests/bench/prefill_bench.py --cpu-codes --tokens 512
 	$(VENV)/bin/python tests/bench/shared_cpu_bench.py
 	$(if $(wildcard .venv-openvino/bin/python),$(VENV)/bin/python tests/bench/openvino_bench.py --python .venv-openvino/bin/python)
 

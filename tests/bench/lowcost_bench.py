@@ -10,6 +10,7 @@ quantized with `glm quantize` in a process of its own, and served. Everything is
                  bytes that they read, as a share of this machine's measured memory bandwidth
     drafts       tokens per second without and with `--speculative ngram` if every draft is accepted, and the number of
                  accepted tokens per draft from which it is faster
+    first token  after 800 tokens: computed, after a restart, and with --warm (first_token_bench.py)
     transformers 8 and 4 layers of the same size in float32 and bfloat16, from which 28 are extrapolated; each also
                  with a static cache, and with that and torch.compile (which needs g++)
 
@@ -21,30 +22,23 @@ The published build of llama.cpp uses AVX2 and nothing newer; `make llamacpp` ad
 
 import argparse
 import itertools
-import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import zlib
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import first_token_bench
+import random_model
 import serve_bench
 from serving_process import GLM, serving
 
 from entrypoints.engines.llamacpp.cpu_features import load_cpu_code, unused_cpu_features
-
-SHARD_LAYERS = 4
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).resolve().parents[3] / "shared" / "golden"))
-POLL_SECONDS = 0.05
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,82 +55,19 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="lowcost-bench-") as name:
         folder = Path(name)
         start = time.monotonic()
-        in_a_process(write_random_model, folder / "native", args.layers)
+        random_model.in_a_process(random_model.write, folder / "native", args.layers)
         print(f"{args.layers} layers written in {time.monotonic() - start:.0f} s", flush=True)
         file = folder / "model.gguf"
-        quantize(folder / "native", file, args.type)
+        random_model.quantize(folder / "native", file, args.type)
         _start(file, folder)
         _cold_start(file, folder)
         _decode(file, folder, args)
         _drafts(file)
+        first_token_bench.measure(file, folder)
     for dtype in () if args.skip_transformers else ("float32", "bfloat16"):
         for way in ("default", "static cache", "torch.compile"):
             _transformers(dtype, way, args.layers)
     return 0
-
-
-def write_random_model(folder: Path, layers: int) -> None:
-    """A converted folder: random matrices, norms 1, biases 0; the golden vocabulary, else that of the demo model."""
-    import json
-
-    import torch
-    from safetensors.torch import save_file
-
-    from entrypoints.chat_format.prompt import PromptFormat
-    from entrypoints.checkpoint.conversion import convert_to_native
-    from entrypoints.checkpoint.layout import ModelConfig, tensor_mappings
-    from entrypoints.checkpoint.native import copy_vocabulary, write_config_files
-    from entrypoints.checkpoint.tokenizer import load_tokenizer
-    from entrypoints.demo import model
-
-    original = GOLDEN / "original-tiny"
-    if not original.is_dir():
-        original = folder.parent / "demo"
-        words = Path(model.__file__).with_name("ad_copy.jsonl").read_text(encoding="utf-8").splitlines()
-        model.write_demo_model(original, words)
-    convert_to_native(original, folder.parent / "tiny", PromptFormat())
-    folder.mkdir()
-    copy_vocabulary(folder.parent / "tiny", folder)
-    model_config = ModelConfig(layers, 4096, 32, 2, 128, 13696, 65024, 8192, 1e-5, 1)
-    write_config_files(folder, model_config, "float16", load_tokenizer(folder), PromptFormat())
-    noise = (torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)) * 0.02).half()
-
-    def tensor(name: str, size: tuple[int, ...]) -> torch.Tensor:
-        if len(size) == 1:
-            return torch.zeros(size).half() if name.endswith("bias") else torch.ones(size).half()
-        count, first = torch.Size(size).numel(), zlib.crc32(name.encode()) % 100_003
-        return noise[first:].repeat(-(-count // (len(noise) - first)))[:count].reshape(size).contiguous()
-
-    sizes = [item for entry in tensor_mappings(model_config) for item in entry.native_shapes().items()]
-    step, weight_map = -(-len(sizes) // (layers // SHARD_LAYERS + 1)), {}
-    for number in range(0, len(sizes), step):
-        file = f"model-{number // step:05}.safetensors"
-        part = {name: tensor(name, size) for name, size in sizes[number : number + step]}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-
-
-def quantize(folder: Path, file: Path, type_: str) -> None:
-    start = time.monotonic()
-    process = subprocess.Popen([*GLM, "quantize", str(folder), str(file), "--type", type_])
-    most = 0
-    while process.poll() is None:
-        most = max(most, _own_memory(process.pid))
-        time.sleep(POLL_SECONDS)
-    assert process.returncode == 0
-    print(
-        f"quantize  {time.monotonic() - start:.1f} s, peak of anonymous memory {most / (1 << 30):.2f} GiB", flush=True
-    )
-
-
-def _own_memory(pid: int, field: str = "RssAnon") -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # it ended
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(field)), 0)
 
 
 def _bandwidth() -> float:
@@ -185,7 +116,7 @@ def _start(file: Path, folder: Path) -> None:
             b'{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0, "stream": true,'
         )
         serve_bench._stream(server.port, body + b'"stream_options": {"include_usage": true}}')
-        memory = [_own_memory(server.process.pid, field) / 1e9 for field in ("VmRSS", "RssAnon")]
+        memory = [random_model.memory_of(server.process.pid, field) / 1e9 for field in ("VmRSS", "RssAnon")]
         sizes = f"resident {memory[0]:.2f} GB, anonymous {memory[1]:.2f} GB"
         print(f"serve     ready in {ready:.1f} s; {sizes}", flush=True)
 
@@ -209,18 +140,13 @@ def _decode(file: Path, folder: Path, args: argparse.Namespace) -> None:
 def _drafts(file: Path) -> None:
     from entrypoints.engines.llamacpp.server import DRAFT_TOKENS
 
-    plain, drafting = (statistics.median(in_a_process(_drafted, file, accept)) for accept in (False, True))
+    plain, drafting = (statistics.median(random_model.in_a_process(_drafted, file, accept)) for accept in (False, True))
     steps = (DRAFT_TOKENS + 1) * plain / drafting
     print(
         f"drafts    {plain:.2f} tokens/s without, {drafting:.2f} if all are accepted; a step with {DRAFT_TOKENS} "
         f"drafted tokens takes {steps:.1f} times as long: faster from {int(steps)} accepted tokens on",
         flush=True,
     )
-
-
-def in_a_process(work: Callable, *args: object) -> object:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *args).result()
 
 
 def _drafted(file: Path, accept: bool) -> list[float]:

@@ -46,15 +46,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    import lowcost_bench
+    import random_model
 
     measures: dict[str, Callable[[], list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="openvino-bench-") as name:
         native = Path(name) / "native"
-        lowcost_bench.in_a_process(lowcost_bench.write_random_model, native, args.layers)
+        random_model.in_a_process(random_model.write, native, args.layers)
         for type_ in args.types:
             file = Path(name) / f"{type_}.gguf"
-            lowcost_bench.quantize(native, file, type_)
+            random_model.quantize(native, file, type_)
             measures[f"llama.cpp {type_}"] = partial(_measure_llama, file)
         for size in args.group_sizes:
             folder = Path(name) / f"openvino-{size}"
@@ -79,10 +79,10 @@ def _report(rates: dict[str, list[list[float]]]) -> None:
 
 def _measure_llama(file: Path) -> list[float]:
     """Tokens per second of reading each prompt and of generating after the last one."""
-    import lowcost_bench
     import prefill_bench
+    import random_model
 
-    timings = lowcost_bench.in_a_process(prefill_bench.read_prompts, file, {}, LENGTHS, NEW_TOKENS)
+    timings = random_model.in_a_process(prefill_bench.read_prompts, file, {}, LENGTHS, NEW_TOKENS)
     return [*(each["prompt_per_second"] for each in timings), timings[-1]["predicted_per_second"]]
 
 

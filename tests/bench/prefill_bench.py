@@ -10,8 +10,12 @@ two rounds of different order. The rates are those of the product's own settings
     matrices     floating-point operations of the matrices, as a share of torch's float32 matrix product on the same
                  threads; kernels for integers can exceed it
 
+With --cpu-codes what is changed is the CPU code of llama.cpp instead: each one that this CPU runs, the wider ones
+hidden, with the rate of generating beside that of reading.
+
     python tests/bench/prefill_bench.py                needs 3 GB of memory, 45 minutes on two cores
     python tests/bench/prefill_bench.py --types q4_0 --tokens 512
+    python tests/bench/prefill_bench.py --cpu-codes --tokens 512
 """
 
 import argparse
@@ -23,13 +27,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import lowcost_bench
+import random_model
 
-from entrypoints.engines.llamacpp.cpu_features import load_cpu_code
+from entrypoints.engines.llamacpp import cpu_features
 from entrypoints.engines.llamacpp.server import BATCH_TOKENS
-from entrypoints.hardware.resources import available_cpus
+from entrypoints.hardware.resources import available_cpus, cpu_flags
 
 LAYERS = 4
+NEW_TOKENS = 32  # generated after each prompt with --cpu-codes
 # columns and rows of a layer's matrices: queries, keys and values; attention output; gate and up; down
 MATRICES = ((4096, 4608), (4096, 4096), (4096, 27392), (13696, 4096))
 TYPES = ("q4_0", "q4_k_m", "q8_0")
@@ -41,19 +46,25 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=TYPES, help=f"as in glm quantize (default: {' '.join(TYPES)})")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="lengths of the prompts")
-    parser.add_argument("--defaults", action="store_true", help="measure the product's own settings only")
+    changed = parser.add_mutually_exclusive_group()
+    changed.add_argument("--defaults", action="store_true", help="measure the product's own settings only")
+    changed.add_argument("--cpu-codes", action="store_true", help="measure each CPU code, not each setting")
     args = parser.parse_args(argv)
     cpus = available_cpus()
-    settings = [{}] if args.defaults else _settings(cpus)
+    settings = [{}] if args.defaults else _cpu_codes() if args.cpu_codes else _settings(cpus)
+    new_tokens = NEW_TOKENS if args.cpu_codes else 1
     limit = _matrix_rate(cpus)
-    print(f"CPU code {load_cpu_code()}; torch multiplies float32 at {limit:.0f} GFLOP/s on {cpus} threads", flush=True)
+    print(
+        f"CPU code {cpu_features.load_cpu_code()}; torch multiplies float32 at {limit:.0f} GFLOP/s on {cpus} threads",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix="prefill-bench-") as name:
         folder = Path(name)
-        lowcost_bench.in_a_process(lowcost_bench.write_random_model, folder / "native", LAYERS)
+        random_model.in_a_process(random_model.write, folder / "native", LAYERS)
         for type_ in args.types:
             file = folder / f"{type_}.gguf"
-            lowcost_bench.quantize(folder / "native", file, type_)
-            _report(file, type_, args.tokens, settings, limit)
+            random_model.quantize(folder / "native", file, type_)
+            _report(_measure(file, args.tokens, settings, new_tokens), type_, settings, limit)
             file.unlink()
     return 0
 
@@ -68,26 +79,41 @@ def _settings(cpus: int) -> list[dict[str, object]]:
     ]
 
 
-def _report(file: Path, type_: str, lengths: list[int], settings: list[dict], limit: float) -> None:
-    rates: dict[tuple[int, int], list[float]] = {}
+def _cpu_codes() -> list[dict[str, object]]:
+    """The widest one, which is loaded by default, then the narrower ones."""
+    *narrower, _ = [None, *(name for name, needed in cpu_features.VARIANTS.items() if needed <= cpu_flags())]
+    return [{}, *({"cpu_code": name} for name in reversed(narrower))]
+
+
+def _measure(file: Path, lengths: list[int], settings: list[dict], new_tokens: int) -> dict[tuple[int, int], list]:
+    """llama.cpp's timings of both rounds for each number of a setting and length of a prompt."""
+    found: dict[tuple[int, int], list[dict[str, float]]] = {}
     numbered = list(enumerate(settings))
     half = len(numbered) // 2
-    lowcost_bench.in_a_process(read_prompts, file, {}, lengths)  # the first after writing the file is slower
+    random_model.in_a_process(read_prompts, file, {}, lengths)  # the first after writing the file is slower
     for order in (numbered, [*numbered[half::-1], *numbered[:half:-1]]):
         for number, setting in order:
-            found = lowcost_bench.in_a_process(read_prompts, file, setting, lengths)
-            for length, timings in zip(lengths, found, strict=True):
-                rates.setdefault((number, length), []).append(timings["prompt_per_second"])
+            rounds = random_model.in_a_process(read_prompts, file, setting, lengths, new_tokens)
+            for length, timings in zip(lengths, rounds, strict=True):
+                found.setdefault((number, length), []).append(timings)
+    return found
+
+
+def _report(found: dict[tuple[int, int], list], type_: str, settings: list[dict], limit: float) -> None:
     attention, layer = (sum(columns * rows for columns, rows in part) for part in (MATRICES[:2], MATRICES))
     operations = 2 * ((LAYERS - 1) * layer + attention)
-    for length in lengths:
-        own = statistics.mean(rates[0, length])
+    for length in dict.fromkeys(length for _, length in found):
+        (own, *rest), (writing, *others) = (
+            [statistics.mean(each[name] for each in found[number, length]) for number in range(len(settings))]
+            for name in ("prompt_per_second", "predicted_per_second")
+        )
         share = own * operations / 1e9 / limit
-        print(f"{type_}, {length} tokens: {own:.1f} tokens/s, matrices at {share:.2f} of torch's float32", flush=True)
-        for number, setting in numbered[1:]:
-            rate = statistics.mean(rates[number, length])
-            named = ", ".join(f"{key}={value}" for key, value in setting.items())
-            print(f"    {named}: {rate / own:.2f}", flush=True)
+        generated = found[0, length][0]["predicted_n"] > 1
+        print(f"{type_}, {length} tokens: {own:.1f} tokens/s, matrices at {share:.2f} of torch's float32", end="")
+        print(f"; generates {writing:.1f} tokens/s" if generated else "", flush=True)
+        for setting, rate, other in zip(settings[1:], rest, others, strict=True):
+            named = ", ".join(f"{key}={value or 'published'}" for key, value in setting.items())
+            print(f"    {named}: {rate / own:.2f}" + (f", generating {other / writing:.2f}" if generated else ""))
 
 
 def read_prompts(
@@ -101,6 +127,9 @@ def read_prompts(
     from entrypoints.engines.options import EngineOptions
 
     threads = setting.pop("threads", None)
+    if "cpu_code" in setting:
+        name = setting.pop("cpu_code")
+        cpu_features.VARIANTS = {name: cpu_features.VARIANTS[name]} if name else {}
     launch = llama_server.launch
 
     def changed(params: object, *rest: object) -> object:

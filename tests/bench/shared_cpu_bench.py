@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import lowcost_bench
+import random_model
 
 from entrypoints.hardware.resources import available_cpus, limit_openmp_spinning
 
@@ -134,7 +134,7 @@ def _create(folder: Path, work: list[str]) -> Path | None:
         return None
     from entrypoints.quantization.gguf_writer import write_gguf
 
-    lowcost_bench.write_random_model(folder / "native", 2)
+    random_model.write(folder / "native", 2)
     write_gguf(folder / "native", folder / "model.gguf", "q4_0")
     return folder / "model.gguf"
 
