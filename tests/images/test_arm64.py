@@ -76,14 +76,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for package in (root / "var/cache/apt/archives").glob("*.deb"):
         subprocess.run(["dpkg-deb", "--extract", package, root], check=True)
-    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in (17, 27, 28)]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--only-binary=:all:", "--python-version=3.11", *platforms, "--dest", wheels, "-r", LOCK]
-    subprocess.run(command, check=True)
+    download(LOCK, wheels)
     for wheel in wheels.glob("*.whl"):
         zipfile.ZipFile(wheel).extractall(site)
     compile_for_arm(folder, site / "glm_llamacpp_cpu")
     return folder
+
+
+def download(lock: Path, wheels: Path) -> None:
+    """Download what pip would install on an Arm server: wheels, and source archives where there is no wheel."""
+    platforms = [f"--platform=manylinux{version}_aarch64" for version in (2014, "_2_17", "_2_24", "_2_27", "_2_28")]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+    command += ["--require-hashes", "--python-version=3.11", *platforms, "--dest", wheels, "-r", lock]
+    subprocess.run(command, check=True)
 
 
 def compile_for_arm(folder: Path, target: Path) -> None:
@@ -139,3 +144,12 @@ def test_each_arm_cpu_loads_its_code_and_computes_what_x86_computes(name, folder
         assert len(both) > 90  # the last of the 100 most probable tokens are close to each other
         found, wanted = ([each[id_] for id_ in sorted(both)] for each in (computed[type_], logprobs))
         assert found == pytest.approx(wanted, abs=0.05), type_
+
+
+@pytest.mark.parametrize("name", ["dev", "infer-cpu"])
+def test_locked_packages_other_than_torch_have_arm_wheels_or_are_plain_python(name, tmp_path):
+    """The wheel of torch is on PyTorch's own index."""
+    download(REPOSITORY / f"images/requirements/{name}.lock", tmp_path)
+    sources = {file.name.split("-")[0] for file in tmp_path.iterdir() if file.suffix != ".whl"}
+    assert sources <= {"deepspeed", "jieba", "rouge_chinese"}
+    assert len(list(tmp_path.glob("*aarch64.whl"))) > 15
