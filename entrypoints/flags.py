@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from entrypoints.chat_format.sampling import Sampling
-from entrypoints.engines.options import GPU_MEMORY_UTILIZATION
+from entrypoints.engines.options import GPU_MEMORY_UTILIZATION, PREFIX_CACHE_GB
 from entrypoints.errors import UserError
 from entrypoints.families import FAMILIES
 from entrypoints.settings import DEVICES, LOAD_IN_BITS, Settings
@@ -49,7 +49,7 @@ def add_loading_flags(parser: Parser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="check the hash of every file before loading; needs the record of glm prepare for a GGUF file",
+        help="check the hash of every file before loading; a GGUF file needs its record",
     )
 
 
@@ -122,8 +122,9 @@ def add_listen_flags(parser: Parser, port: int, secret: str) -> None:
     )
 
 
-def add_prefix_flags(parser: Parser) -> None:
-    """--warm, --prefix-cache and --prefix-cache-gb."""
+def add_gguf_flags(parser: Parser) -> None:
+    """--threads, --warm, --prefix-cache and --prefix-cache-gb."""
+    parser.add_argument("--threads", type=int, help="threads that compute; default: one for each available CPU")
     parser.add_argument(
         "--warm",
         type=Path,
@@ -136,12 +137,15 @@ def add_prefix_flags(parser: Parser) -> None:
         metavar="DIR",
         help="keep computed prompts in this folder over restarts; each API key uses its own and those of --warm",
     )
-    parser.add_argument("--prefix-cache-gb", type=int, default=4, help="size limit of that folder")
+    parser.add_argument("--prefix-cache-gb", type=int, help=f"size limit of that folder; default: {PREFIX_CACHE_GB}")
 
 
-def prefix_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of EngineOptions for the flags of `add_prefix_flags`."""
-    return {"prefix_cache": args.prefix_cache, "prefix_cache_bytes": args.prefix_cache_gb * 10**9}
+def gguf_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of EngineOptions for the flags of `add_gguf_flags`. Raises UserError: a limit without a folder."""
+    if args.prefix_cache_gb and not args.prefix_cache:
+        raise UserError("--prefix-cache-gb limits the folder of --prefix-cache", "add --prefix-cache DIR, or omit it")
+    limit = (args.prefix_cache_gb or PREFIX_CACHE_GB) * 10**9
+    return {"threads": args.threads, "prefix_cache": args.prefix_cache, "prefix_cache_bytes": limit}
 
 
 def required_model(args: argparse.Namespace, settings: Settings) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from fastapi.exceptions import RequestValidationError
 
@@ -14,8 +15,10 @@ from entrypoints.api.openai_schema import ChatMessage, ChatRequest
 from entrypoints.api.request_body import parse_body
 from entrypoints.api.requests import encode_messages
 from entrypoints.engines.base import Engine
-from entrypoints.engines.llamacpp.engine import LlamaCppEngine
 from entrypoints.errors import UserError
+
+if TYPE_CHECKING:
+    from entrypoints.engines.llamacpp.engine import LlamaCppEngine
 
 logger = getLogger(__name__)
 QUESTION_ROLES = ("user", "tool", "observation")
@@ -55,14 +58,13 @@ def warmed(load: Callable[[], Engine], file: Path | None, engine_name: str) -> C
 
     def load_warm() -> Engine:
         engine = load()
-        assert isinstance(engine, LlamaCppEngine)
-        _warm_up(engine, prompts)
+        _warm_up(cast("LlamaCppEngine", engine), prompts)
         return engine
 
     return load_warm
 
 
-def _warm_up(engine: LlamaCppEngine, prompts: list[WarmPrompt]) -> None:
+def _warm_up(engine: "LlamaCppEngine", prompts: list[WarmPrompt]) -> None:
     start = time.monotonic()
     for prompt in prompts:
         messages = [*prompt.request.messages]
@@ -73,6 +75,12 @@ def _warm_up(engine: LlamaCppEngine, prompts: list[WarmPrompt]) -> None:
         except (ApiError, UserError) as error:
             message = error.detail if isinstance(error, ApiError) else error.problem
             raise UserError(f"{prompt.place}: {message}", "shorten the prompt") from error
+    if len(prompts) > engine.slots and not engine.keeps_prefixes:
+        logger.warning(
+            "--warm has %d prompts, but without --prefix-cache each of the %d slots holds one: the first may be gone",
+            len(prompts),
+            engine.slots,
+        )
     logger.info("%d prompts of --warm read in %.1f s", len(prompts), time.monotonic() - start)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from entrypoints.checkpoint.native import NativeCheckpoint
 
 ENGINE_PACKAGES = {"transformers": "transformers", "llamacpp": "xllamacpp", "vllm": "vllm"}
+MAX_GGUF_SLOTS = 256  # llama.cpp: LLAMA_MAX_SEQ
 GGUF_DEVICES = ("auto", "cpu")  # the published build of llama.cpp computes on CPUs only
 OPTIONS_OF_ENGINES = {  # options that only these engines support
     ("llamacpp", "vllm"): ("speculative",),
@@ -140,6 +141,8 @@ def _check_gguf_options(options: EngineOptions) -> None:
             f"--device {options.device} is not supported for a GGUF file",
             "llama.cpp runs on the CPU: omit --device and DEVICE, or use a model folder",
         )
+    if options.slots > MAX_GGUF_SLOTS:
+        raise UserError(f"--slots {options.slots}: llama.cpp has at most {MAX_GGUF_SLOTS}", "use fewer")
 
 
 def _check_gguf(model: Path, options: EngineOptions) -> None:
@@ -150,7 +153,7 @@ def _check_gguf(model: Path, options: EngineOptions) -> None:
     if flag and not record_path(model).is_file():
         raise UserError(
             f"{flag} needs the hash record of {model}, but {record_path(model).name} is not in the same folder",
-            f"omit {flag}, or create the file with glm prepare, which writes the record",
+            f"copy the record too, or create the file with glm quantize, which writes it, or omit {flag}",
         )
 
 

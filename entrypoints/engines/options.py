@@ -15,6 +15,7 @@ Checkpoint = TypeVar("Checkpoint", "NativeCheckpoint", "GgufCheckpoint")
 DEFAULT_SLOTS = 4
 GPU_SLOTS = 256  # of each copy with vLLM, which shares one KV cache: its own default for GPUs below 70 GiB
 GPU_MEMORY_UTILIZATION = 0.9
+PREFIX_CACHE_GB = 4
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class EngineOptions:
     # llamacpp only
     threads: int | None = None  # None: all CPUs available to the process
     prefix_cache: Path | None = None  # folder that keeps the KV caches of prompts over restarts
-    prefix_cache_bytes: int = 4 << 30  # size limit of that folder
+    prefix_cache_bytes: int = PREFIX_CACHE_GB * 10**9  # size limit of that folder
     use_mmap: bool = False  # map the weights from the file: the system may evict pages; low memory use, slow
 
     # vllm only

@@ -37,6 +37,7 @@ BOUNDS = {
     "drain_seconds": (0, UNLIMITED),
     "keep_alive_seconds": (1, UNLIMITED),
     "max_body_bytes": (1, UNLIMITED),
+    "threads": (1, UNLIMITED),
     "prefix_cache_gb": (1, UNLIMITED),
     "port": (0, 65535),  # the socket module would silently truncate a larger port
 }
@@ -53,7 +54,7 @@ def _add_chat_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that have no effect if only embeddings are served."""
     _add_engine_flags(parser.add_argument_group("model"))
     flags.add_vllm_flags(parser.add_argument_group("vLLM"))
-    flags.add_prefix_flags(parser.add_argument_group("prompts that are not computed again (GGUF files)"))
+    flags.add_gguf_flags(parser.add_argument_group("GGUF files"))
 
 
 def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
@@ -242,7 +243,7 @@ def _engine(
         context_length=args.context_length,
         speculative=args.speculative is not None,
         **flags.vllm_options(args),
-        **flags.prefix_options(args),
+        **flags.gguf_options(args),
     )
     options = replace(options, slots=args.slots or default_slots(model, options))
     check_engine_options(model, options)

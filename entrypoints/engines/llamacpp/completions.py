@@ -14,6 +14,7 @@ from entrypoints.errors import UserError
 
 CLOSED = "the engine was closed"
 POLL_SECONDS = 0.1  # how often a waiting call checks whether it was cancelled
+SELECTED_BY_LLAMACPP = -1  # as the number of a slot
 
 Chunk = dict[str, Any]
 
@@ -31,7 +32,8 @@ class CompletionStreams:
     def stream(self, request: dict[str, Any], cancelled: threading.Event | None = None) -> Generator[Token, None, None]:
         """Yield the tokens of one completion, including the stop token; closing or cancelling ends the call.
 
-        Raises UserError if llama.cpp rejects the request, RuntimeError if it fails.
+        A call that names its slot returns when llama.cpp has left the slot, at most one step later: until then the
+        slot cannot be saved or emptied. Raises UserError if llama.cpp rejects the request, RuntimeError if it fails.
         """
         completion = self._start(request, cancelled)
         yielded = 0
@@ -42,6 +44,8 @@ class CompletionStreams:
                     yield token
         finally:
             completion.abandoned.set()
+            if request.get("id_slot", SELECTED_BY_LLAMACPP) != SELECTED_BY_LLAMACPP:
+                completion.thread.join()
 
     def close(self) -> None:
         """End all calls with an error and free the server; returns when all threads have ended."""
@@ -116,7 +120,8 @@ class _Completion:
 
     def _work(self, server: LlamaServer, request: dict[str, Any]) -> None:
         try:
-            server.handle_completions(request, self._receive)
+            if not self._is_ended():
+                server.handle_completions(request, self._receive)
         except BaseException as error:  # noqa: BLE001 - raised again in the reader's thread
             self._results.put(error)
         finally:
@@ -125,6 +130,9 @@ class _Completion:
     def _receive(self, chunk: Chunk) -> bool:
         """Take one chunk; True stops the call."""
         self._results.put(chunk)
+        return self._is_ended()
+
+    def _is_ended(self) -> bool:
         return self.abandoned.is_set() or self._cancelled.is_set() or self.closed.is_set()
 
 

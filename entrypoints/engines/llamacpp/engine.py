@@ -21,12 +21,12 @@ from entrypoints.checkpoint.layout import ModelConfig
 from entrypoints.checkpoint.manifest import check_file_record
 from entrypoints.engines.base import FEATURES, Token
 from entrypoints.engines.grammar.json_schema import answer_grammar
-from entrypoints.engines.llamacpp.completions import CompletionStreams
+from entrypoints.engines.llamacpp.completions import SELECTED_BY_LLAMACPP, CompletionStreams
 from entrypoints.engines.llamacpp.cpu_features import load_cpu_code
 from entrypoints.engines.llamacpp.prefix_cache import PrefixCache, Slot, open_store
 from entrypoints.engines.llamacpp.prefix_store import OPERATOR
 from entrypoints.engines.llamacpp.prompt_logprobs import score_prompt
-from entrypoints.engines.llamacpp.server import LlamaServer, aligned_context, start_server
+from entrypoints.engines.llamacpp.server import SLOT_ALIGNMENT_TOKENS, LlamaServer, aligned_context, start_server
 from entrypoints.engines.llamacpp.slot_files import SlotFiles
 from entrypoints.engines.options import EngineOptions
 from entrypoints.errors import UserError
@@ -36,7 +36,6 @@ from entrypoints.sizes import format_size
 logger = logging.getLogger(__name__)
 FLOAT16_BYTES = 2
 RUNTIME_BYTES = 16 << 20  # threads, HTTP server and compute buffers of a small model: 10 MB with the demo model
-SELECTED_BY_LLAMACPP = -1  # number of the slot
 RANDOM_SEED = (1 << 32) - 1  # llama.cpp interprets this seed as "random"
 
 
@@ -122,6 +121,11 @@ class LlamaCppEngine:
                     yield _with_logprobs(token, sampling.top_logprobs)
                     if count >= max_tokens:  # llama.cpp continues to the end of a character
                         return
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Is there a prefix cache?"""
+        return self._prefix_cache is not None
 
     def warm(self, prompt: Sequence[int]) -> None:
         """Compute a prompt that clients will use, or read it from the prefix cache. All clients may use it."""
@@ -212,13 +216,17 @@ def needed_bytes(
 
 def require_memory(checkpoint: GgufCheckpoint, slots: int, use_mmap: bool = False) -> None:
     """Raise UserError if less memory is available than the engine would allocate."""
-    context_length = checkpoint.context_length
-    needed = needed_bytes(checkpoint.model_config, checkpoint.file.stat().st_size, slots, context_length, use_mmap)
+    model_config, context_length = checkpoint.model_config, checkpoint.context_length
+    file_bytes = checkpoint.file.stat().st_size
+    needed = needed_bytes(model_config, file_bytes, slots, context_length, use_mmap)
     if (available := available_memory()) < needed:
+        spare = available - needed_bytes(model_config, file_bytes, slots, 0, use_mmap)
+        step = (slots + 1) * slot_bytes(model_config, SLOT_ALIGNMENT_TOKENS)
+        fitting = spare // step * SLOT_ALIGNMENT_TOKENS
         raise UserError(
             f"{checkpoint.file} with --slots {slots} of {context_length} tokens needs {format_size(needed)} of memory, "
             f"{format_size(available)} are available",
-            "free memory, or use fewer slots, a smaller --context-length or a smaller type",
+            f"free memory, or use fewer slots or a smaller type{f', or --context-length {fitting}' * (fitting > 0)}",
         )
 
 

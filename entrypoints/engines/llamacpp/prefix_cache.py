@@ -42,7 +42,8 @@ class PrefixCache:
     def __init__(self, store: PrefixStore, files: SlotFiles, slots: int) -> None:
         self._store, self._files = store, files
         self._slots = [Slot(number) for number in range(slots)]
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # held to select a slot, never while llama.cpp works
+        self._io = threading.Lock()  # held to use store and files
         self._uses = 0
 
     @contextlib.contextmanager
@@ -67,9 +68,9 @@ class PrefixCache:
 
     def save(self) -> None:
         """Write what the idle slots have computed."""
-        with self._changed:
+        with self._io:
             for slot in self._slots:
-                if not slot.is_busy:
+                if not slot.is_busy:  # one that is selected now waits in `_prepare`
                     self._save(slot)
 
     def close(self) -> None:
@@ -91,7 +92,7 @@ class PrefixCache:
     def _prepare(self, slot: Slot, prompt: Sequence[int], owner: str) -> None:
         ids = np.asarray(prompt, np.int32)
         known = _known(slot, ids, owner)
-        with self._changed:
+        with self._io:
             found = self._store.best(prompt, owner)
             is_better = found is not None and found[0] >= known + MIN_TOKENS
             if is_better or len(slot.tokens) - known >= MIN_TOKENS:  # they would be lost
@@ -109,6 +110,7 @@ class PrefixCache:
         except RuntimeError as error:
             logger.warning("%s; its prompt is computed again", error)
             self._store.remove(state)
+            self._files.erase(slot.number)  # llama.cpp may not have reached it
             slot.tokens = []
             return False
         return True
@@ -132,7 +134,7 @@ def open_store(checkpoint: GgufCheckpoint, options: EngineOptions) -> PrefixStor
     build = importlib.metadata.version("xllamacpp")
     # llama.cpp rejects a state that was written with another number of slots, or that is longer than a slot
     file = checkpoint.file.stat()  # the record says nothing of a file that was replaced without it
-    model = f"{read_file_record(checkpoint.file)['sha256']} {file.st_size} {file.st_mtime_ns}"
+    model = f"{read_file_record(checkpoint.file).get('sha256')} {file.st_size} {file.st_mtime_ns}"
     text = f"{model} {build} {options.slots} {checkpoint.context_length}"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
     return PrefixStore(options.prefix_cache, fingerprint, options.prefix_cache_bytes)

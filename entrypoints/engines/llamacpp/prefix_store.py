@@ -10,6 +10,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 OPERATOR = "\0operator"  # owner of the prompts that every client may use; no API key has this name
 ABANDONED_SECONDS = 3600  # a state is written in seconds
 STATE_SUFFIX, RECORD_SUFFIX, PARTIAL_SUFFIX = ".state", ".json", ".partial"
+OWN_NAME = re.compile("[0-9a-f]{32}")  # of subfolders, and of files without their suffix
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class PrefixStore:
         self.folder = folder / fingerprint[:32]
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._require_private()
             self._remove_abandoned()
             with tempfile.TemporaryFile(dir=self.folder):
                 pass  # it can be written
@@ -61,6 +65,16 @@ class PrefixStore:
             raise UserError(
                 f"--prefix-cache {folder} cannot be used ({error})", "choose a folder that is writable"
             ) from error
+
+    def _require_private(self) -> None:
+        """Raise UserError if another user made the subfolder, who could read and replace what is in it."""
+        status = self.folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise UserError(
+                f"--prefix-cache {self._all}: {self.folder.name} in it is not a folder of uid {os.geteuid()}",
+                "delete it, or choose a folder in which no other user can write",
+            )
+        self.folder.chmod(0o700)
 
     def best(self, prompt: Sequence[int], owner: str) -> tuple[int, PrefixState] | None:
         """The state that shares the most ids with the start of the prompt, of this owner or the operator."""
@@ -113,23 +127,28 @@ class PrefixStore:
             with contextlib.suppress(OSError):  # a folder that has become read-only does not stop the service
                 file.unlink(missing_ok=True)
 
+    def _files_of_all(self, suffix: str) -> list[Path]:
+        """The files of all models and builds; the folder may have files of other programs."""
+        files = self._all.glob(f"*/*{suffix}")
+        return [file for file in files if OWN_NAME.fullmatch(file.parent.name) and OWN_NAME.fullmatch(file.stem)]
+
     def _remove_abandoned(self) -> None:
         """Remove what a process of any model or build left when it died while it was writing."""
-        for partial in self._all.glob(f"*/*{PARTIAL_SUFFIX}"):
+        for partial in self._files_of_all(PARTIAL_SUFFIX):
             with contextlib.suppress(FileNotFoundError):  # another server finished it
                 if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
                     partial.unlink()
 
     def _remove_oldest(self) -> None:
         sizes = {}
-        for file in self._all.glob(f"*/*{STATE_SUFFIX}"):
+        for file in self._files_of_all(STATE_SUFFIX):
             with contextlib.suppress(FileNotFoundError):  # another server removed it
                 sizes[file] = file.stat()
-        total = sum(stat.st_size for stat in sizes.values())
-        for file, stat in sorted(sizes.items(), key=lambda item: item[1].st_mtime):
+        total = sum(status.st_size for status in sizes.values())
+        for file, status in sorted(sizes.items(), key=lambda item: item[1].st_mtime):
             if total <= self._max_bytes:
                 return
-            total -= stat.st_size
+            total -= status.st_size
             for each in (file.with_suffix(RECORD_SUFFIX), file):
                 each.unlink(missing_ok=True)
             self._states = [one for one in self._states if one.file != file]

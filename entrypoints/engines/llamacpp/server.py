@@ -96,6 +96,8 @@ def _parameters(checkpoint: GgufCheckpoint, options: EngineOptions) -> Any:
 
     slot_tokens = aligned_context(checkpoint.context_length)
     params = common_parameters(checkpoint.file, options.use_mmap, options.threads or available_cpus())
+    if options.device == "cpu":
+        params.n_gpu_layers = 0  # a build with GPU support would use the GPU
     params.n_ctx = options.slots * slot_tokens
     params.n_parallel = options.slots
     params.n_batch = params.n_ubatch = max(BATCH_TOKENS, options.slots * (1 + options.speculative * DRAFT_TOKENS))

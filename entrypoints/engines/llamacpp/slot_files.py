@@ -42,7 +42,7 @@ class SlotFiles:
         return int(self._request(slot, "save", {"filename": name})["n_saved"])
 
     def restore(self, slot: int, name: str) -> None:
-        """Read the file `name`; after an error the slot is empty."""
+        """Read the file `name`; after an error of llama.cpp the slot is empty."""
         self._request(slot, "restore", {"filename": name})
 
     def erase(self, slot: int) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, GlmForCausalLM
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingTopKLogitsWarper
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from entrypoints.chat_format.sampling import Sampling
 from entrypoints.checkpoint.layout import ModelConfig
+from entrypoints.engines.transformers.batched_logits import replace_processors
 from entrypoints.engines.transformers.batching_memory import (
     CUDA_CONTEXT_BYTES,
     GPU_BATCH_TOKENS,
@@ -28,6 +28,7 @@ from entrypoints.engines.transformers.batching_memory import (
     page_count,
     require_slots,
 )
+from entrypoints.engines.transformers.logits_processors import invalid_logits
 from entrypoints.engines.transformers.model import with_shared_weights
 from entrypoints.hardware.gpus import list_gpus
 from entrypoints.hardware.placement import Placement, weight_bytes
@@ -46,8 +47,9 @@ class ContinuousBatcher:
     def __init__(self, model: GlmForCausalLM, stop_ids: Sequence[int], context_length: int, slots: int) -> None:
         self._model = with_shared_weights(model)  # batching replaces the attention of the model that it runs
         weight = next(model.parameters())
-        if flash_attention := _installed_flash_attention(weight.device.type, weight.dtype):
-            self._model.set_attn_implementation(flash_attention)
+        self._flash_attention = _installed_flash_attention(weight.device.type, weight.dtype)
+        if self._flash_attention:
+            self._model.set_attn_implementation(self._flash_attention)
         self._stop_ids = list(stop_ids)
         self._manager = self._create_manager(context_length, slots)
         self._request_numbers = itertools.count()
@@ -136,9 +138,8 @@ class ContinuousBatcher:
                 auto_switch_to_flash=False,  # it would download a kernel from a hub where the package `kernels` is
             ),
         )
-        for processor in manager.logit_processor.logits_processor:
-            if isinstance(processor, ContinuousBatchingTopKLogitsWarper):
-                processor.__class__ = _ExactTopK
+        # with flash attention a step is a CUDA graph, whose rows beyond the requests are arbitrary
+        replace_processors(manager, None if self._flash_attention else self._fail_invalid)
         return manager
 
     def _dispatch_results(self) -> None:
@@ -152,6 +153,10 @@ class ContinuousBatcher:
             elif not self._manager.is_running():
                 self._fail_all(RuntimeError("the batching loop ended"))
                 self._closed.wait(POLL_SECONDS)
+
+    def _fail_invalid(self, request_id: str) -> None:
+        if results := self._results.get(request_id):
+            results.put(invalid_logits())
 
     def _fail_all(self, error: Exception) -> None:
         for results in list(self._results.values()):
@@ -174,18 +179,6 @@ def _installed_flash_attention(device: str, dtype: torch.dtype) -> str | None:
         return None
     names = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
     return next((name for name, is_available in names.items() if is_available()), None)
-
-
-class _ExactTopK(ContinuousBatchingTopKLogitsWarper):
-    """Keeps one candidate for top_k of 1, also if two tokens have equal logits, which is common in bfloat16."""
-
-    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V), top_k of each request in the first B of `tensor_arg`."""
-        kept = super().__call__(scores, tensor_arg)  # (B, V)
-        is_greedy = (tensor_arg[: scores.size(0)] == 1).unsqueeze(-1)  # (B, 1)
-        best = scores.argmax(dim=-1, keepdim=True)  # (B, 1)
-        is_other = torch.ones_like(scores, dtype=torch.bool).scatter(1, best, False)  # (B, V)
-        return kept.masked_fill(is_greedy & is_other, self.filter_value)
 
 
 def _sampling_arguments(sampling: Sampling, vocab_size: int) -> dict[str, Any]:

@@ -70,8 +70,12 @@ def test_loading_requires_the_memory_that_the_table_states(toy_gguf, monkeypatch
     with pytest.raises(UserError, match=r"toy\.gguf with --slots 2 of 1024 tokens needs \d+\.\d MB of memory"):
         engine.require_memory(checkpoint, 2)
     monkeypatch.setattr(engine, "available_memory", lambda: needed - 1)
-    with pytest.raises(UserError, match="fewer slots, a smaller --context-length or a smaller type"):
+    with pytest.raises(UserError, match="fewer slots or a smaller type, or --context-length 768"):
         LlamaCppEngine.load(toy_gguf, EngineOptions(slots=1))
+    LlamaCppEngine.load(toy_gguf, EngineOptions(slots=1, context_length=768)).close()
+    monkeypatch.setattr(engine, "available_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"fewer slots or a smaller type$"):
+        engine.require_memory(checkpoint, 1)
 
 
 def test_a_further_slot_takes_one_kv_cache_and_a_mapped_file_takes_no_memory():

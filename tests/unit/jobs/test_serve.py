@@ -1,5 +1,6 @@
 """What `glm serve` and `glm chat` reject before they load a model: flags, addresses, missing packages."""
 
+import argparse
 import hashlib
 import json
 import shutil
@@ -10,8 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from entrypoints import flags
+from entrypoints.api.openai_schema import ChatRequest
+from entrypoints.api.warm_up import WarmPrompt, _warm_up
 from entrypoints.chat_session import load_chat
+from entrypoints.checkpoint.gguf_reader import open_gguf
 from entrypoints.engines import loading
+from entrypoints.engines.llamacpp.server import _parameters
 from entrypoints.engines.options import EngineOptions
 
 JOBS = {"chat": ("chat", "--prompt", "你好", "--max-new-tokens", 2), "serve": ("serve", "--port", 0)}
@@ -25,7 +31,7 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.fixture
 def recorded(toy_gguf, tmp_path) -> Path:
-    """A GGUF file with the record that glm prepare writes."""
+    """A GGUF file with the record that glm quantize writes."""
     file = Path(shutil.copy(toy_gguf, tmp_path))
     fields = {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     file.with_name(f"{file.name}.json").write_text(json.dumps(fields))
@@ -120,7 +126,7 @@ def test_an_invalid_embedding_model_is_rejected_before_loading(toy_gguf, embeddi
         (("--dtype", "float16"), "--dtype float16 is not supported for a GGUF file; omit it"),
         (("--device", "cuda"), "--device cuda is not supported for a GGUF file; llama.cpp runs on the CPU"),
         (("--device", "mps"), "--device mps is not supported for a GGUF file; llama.cpp runs on the CPU"),
-        (("--verify",), "toy.gguf.json is not in the same folder; omit --verify, or create the file with glm prepare"),
+        (("--verify",), "toy.gguf.json is not in the same folder; copy the record too, or create the file with glm"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -145,7 +151,7 @@ def test_a_file_that_matches_its_record_is_verified_and_answers(recorded):
 def test_a_prefix_cache_needs_the_record_of_the_model(toy_gguf, glm, tmp_path):
     line = glm("serve", "--model", toy_gguf, "--prefix-cache", tmp_path).mistake()
     assert "--prefix-cache needs the hash record" in line
-    assert "omit --prefix-cache, or create the file with glm prepare" in line
+    assert "copy the record too, or create the file with glm quantize, which writes it, or omit --prefix-cache" in line
 
 
 @pytest.mark.parametrize(
@@ -164,6 +170,44 @@ def test_an_error_in_the_file_of_warm_names_its_line(content, message, recorded,
     file = tmp_path / "warm.jsonl"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert message in glm("serve", "--model", recorded, "--warm", file, "--port", 0).mistake()
+
+
+def test_more_prompts_to_warm_than_slots_are_reported(recorded, caplog, tmp_path):
+    asked = WarmPrompt("place", ChatRequest(messages=[{"role": "user", "content": "hi"}]))
+    for folder, count, reported in ((None, 2, False), (None, 3, True), (tmp_path / "cache", 3, False)):
+        caplog.clear()
+        engine = loading.load_engine(recorded, EngineOptions(slots=2, threads=1, prefix_cache=folder))
+        _warm_up(engine, [asked] * count)
+        engine.close()
+        message = "--warm has 3 prompts, but without --prefix-cache each of the 2 slots holds one"
+        assert (message in caplog.text) == reported
+
+
+def test_a_limit_of_a_prefix_cache_that_is_not_there_is_rejected(recorded, glm):
+    line = glm("serve", "--model", recorded, "--prefix-cache-gb", 2).mistake()
+    assert "--prefix-cache-gb limits the folder of --prefix-cache; add --prefix-cache DIR, or omit it" in line
+
+
+def test_more_slots_than_llama_cpp_has_are_rejected_before_the_model_is_read(recorded, glm):
+    line = glm("serve", "--model", recorded, "--slots", 257, "--context-length", 256).mistake()
+    assert "--slots 257: llama.cpp has at most 256; use fewer" in line
+    engine = loading.load_engine(recorded, EngineOptions(slots=256, context_length=256, threads=1))
+    engine.close()
+
+
+def test_threads_are_those_of_the_flag(recorded, glm):
+    assert "out of bounds: --threads 0" in glm("serve", "--model", recorded, "--threads", 0).mistake()
+    parser = argparse.ArgumentParser()
+    flags.add_gguf_flags(parser)
+    options = EngineOptions(**flags.gguf_options(parser.parse_args(["--threads", "1"])))
+    assert _parameters(open_gguf(recorded), options).cpuparams.n_threads == 1
+
+
+def test_device_cpu_keeps_a_build_with_gpu_support_off_the_gpu(toy_gguf):
+    checkpoint = open_gguf(toy_gguf)
+    layers = {device: _parameters(checkpoint, EngineOptions(device=device)).n_gpu_layers for device in ("auto", "cpu")}
+    assert layers["cpu"] == 0
+    assert layers["auto"] != 0
 
 
 @pytest.mark.parametrize("flag", ["--warm", "--prefix-cache"])
@@ -209,6 +253,12 @@ def test_without_llama_cpp_a_gguf_file_is_rejected_with_the_remedy(toy_gguf):
     done = _without("xllamacpp", "doctor", "--model", str(toy_gguf))
     assert done.returncode == 1
     assert done.stderr == "glm: this needs the package xllamacpp; pip install 'glm-entrypoints[quantized]'\n"
+
+
+def test_without_any_extra_serve_names_the_one_that_it_needs(toy_gguf):
+    done = _without("numpy,xllamacpp,gguf,torch,transformers", "serve", "--model", str(toy_gguf))
+    assert done.returncode == 1
+    assert done.stderr == "glm: this needs the packages gguf, xllamacpp; pip install 'glm-entrypoints[quantized]'\n"
 
 
 def _without(packages: str, *words: str) -> subprocess.CompletedProcess:

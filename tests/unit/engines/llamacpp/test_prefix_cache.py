@@ -237,6 +237,51 @@ def test_a_call_that_is_cancelled_while_it_waits_for_a_slot_ends(start):
     assert ask(engine, CONVERSATION, "bob")[0]
 
 
+def test_a_slot_is_free_only_when_llama_cpp_has_left_it(start):
+    """A slot that is still computed cannot be saved or emptied, and would stop all others meanwhile."""
+    engine = start(slots=1)
+    cancelled = threading.Event()
+    running = engine.generate(CONVERSATION, Sampling(max_new_tokens=200, temperature=0), cancelled=cancelled)
+    next(running)
+    cancelled.set()
+    assert list(running) == []
+    assert not any(call.thread.is_alive() for call in engine._streams._running)
+
+
+def test_while_a_slot_is_written_other_slots_begin_and_end_answers(start, monkeypatch):
+    engine = start(slots=2)
+    ask(engine, CONVERSATION, "alice")
+    writing, may_end, save = threading.Event(), threading.Event(), SlotFiles.save
+
+    def slow(files, slot, name):
+        writing.set()
+        assert may_end.wait(30)
+        return save(files, slot, name)
+
+    running = engine.generate(CONVERSATION[:32], Sampling(max_new_tokens=200, temperature=0, cache_salt="bob"))
+    next(running)
+    monkeypatch.setattr(SlotFiles, "save", slow)
+    waiting = threading.Thread(target=ask, args=(engine, [id_ + 1 for id_ in CONVERSATION], "carol"))
+    waiting.start()
+    assert writing.wait(30)
+    running.close()  # frees its slot
+    assert [slot.is_busy for slot in engine._prefix_cache._slots].count(True) == 1
+    may_end.set()
+    waiting.join()
+
+
+def test_after_a_failed_restore_nothing_of_the_former_client_is_left_in_the_slot(start, monkeypatch):
+    engine = start(slots=1)
+    for owner in ("bob", "alice"):
+        ask(engine, CONVERSATION, owner)
+
+    def fails(files, slot, name):
+        raise RuntimeError("the connection was lost")  # llama.cpp has not emptied the slot
+
+    monkeypatch.setattr(SlotFiles, "restore", fails)
+    assert ask(engine, CONVERSATION, "bob")[1] == 800
+
+
 def test_more_calls_than_slots_all_get_their_own_answers(start, llama):
     engine = start()
     prompts = [[id_ + shift for id_ in CONVERSATION[:100]] for shift in range(6)]
@@ -287,13 +332,47 @@ def read_only(*args, **kwargs):
 
 
 def test_files_that_a_dead_process_left_are_removed_and_those_that_are_written_now_are_not(tmp_path):
-    (tmp_path / "other").mkdir()
-    abandoned, written = tmp_path / "other" / "a.partial", tmp_path / "other" / "b.partial"
+    (tmp_path / ("e" * 32)).mkdir()
+    abandoned, written = (tmp_path / ("e" * 32) / f"{letter * 32}.partial" for letter in "ab")
     for file in (abandoned, written):
         file.write_text("x")
     os.utime(abandoned, (0, 0))
     prefix_store.PrefixStore(tmp_path, "f" * 64, 1 << 30)
     assert (abandoned.exists(), written.exists()) == (False, True)
+
+
+def test_files_of_other_programs_in_the_folder_are_left_alone(tmp_path):
+    others = [
+        tmp_path / "backup" / "film.partial",
+        tmp_path / "game" / "saved.state",
+        tmp_path / ("e" * 32) / "a.state",
+    ]
+    for file in others:
+        file.parent.mkdir()
+        file.write_text("x" * 1000)
+        os.utime(file, (0, 0))
+    prefix_store.PrefixStore(tmp_path, "f" * 64, 500)
+    assert all(file.exists() for file in others)
+
+
+@pytest.mark.parametrize("made_by_another", ["owner", "symlink"])
+def test_a_subfolder_that_another_user_could_have_made_is_rejected(made_by_another, tmp_path):
+    subfolder = tmp_path / ("f" * 32)
+    if made_by_another == "symlink":
+        (tmp_path / "elsewhere").mkdir()
+        subfolder.symlink_to(tmp_path / "elsewhere")
+    else:
+        subfolder.mkdir()
+        if os.geteuid():
+            pytest.skip("only root can give a folder to another user")
+        os.chown(subfolder, 12345, 12345)
+    with pytest.raises(UserError, match=r"f{32} in it is not a folder of uid \d+"):
+        prefix_store.PrefixStore(tmp_path, "f" * 64, 1 << 30)
+
+
+def test_a_subfolder_that_others_could_enter_is_closed_to_them(tmp_path):
+    (tmp_path / ("f" * 32)).mkdir(mode=0o755)
+    assert prefix_store.PrefixStore(tmp_path, "f" * 64, 1 << 30).folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_lower_limit_takes_effect_at_the_start(tmp_path):

@@ -5,11 +5,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from scripted_engine import wait_until
 
 from entrypoints.chat_format.sampling import Sampling
 from entrypoints.engines.options import EngineOptions
 from entrypoints.engines.transformers.engine import TransformersEngine
+from entrypoints.errors import ModelError
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
 
@@ -44,6 +46,23 @@ def test_batched_answers_equal_those_of_plain_generation(engine, toy_engine):
     assert answers(engine, prompts, 1) == plain
     assert answers(engine, prompts, 2) == plain
     assert answers(engine, prompts, 8) == plain, "calls beyond the slots wait"
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_an_answer_with_nan_or_infinite_logits_fails_alone_and_the_loop_goes_on(own_engine, number, temperature):
+    """As float16 overflows in one long prompt."""
+    valid, invalid = prompts_of(own_engine, [5, 6])
+    expected = list(own_engine.generate(valid, GREEDY))
+    head = own_engine.model.lm_head.weight.data
+    former = head[700].clone()
+    head[700] = number
+    for _ in range(2):
+        with pytest.raises(ModelError, match="NaN or infinite logits; load it with --dtype float32 or bfloat16"):
+            list(own_engine.generate(invalid, Sampling(max_new_tokens=4, temperature=temperature)))
+    head[700] = former
+    assert own_engine.fatal_error is None
+    assert list(own_engine.generate(valid, GREEDY)) == expected
 
 
 def test_full_pages_of_a_shared_prefix_are_not_computed_again(engine, toy_engine, caplog, monkeypatch):
