@@ -113,7 +113,7 @@ def _read_secret_file(variable: str, env: Mapping[str, str]) -> str:
     if not env.get(variable):
         return ""
     try:
-        return Path(env[variable]).read_text(encoding="utf-8").partition("\n")[0].strip()
+        return Path(env[variable]).read_text(encoding="utf-8-sig").partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError) as error:
         remedy = read_remedy(error, env[variable], "name a readable text file")
         raise UserError(f"{variable}={env[variable]} cannot be read ({error})", remedy) from error

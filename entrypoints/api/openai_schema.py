@@ -199,7 +199,7 @@ class GenerationRequest(RequestModel):
     model: str | None = None
     max_tokens: Integer | None = Field(None, ge=1, le=1_000_000)
     temperature: Number | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: Number | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_p: Number | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     top_k: Annotated[Integer | None, BeforeValidator(_top_k)] = Field(None, ge=1, le=100_000)
     repetition_penalty: Number | None = Field(None, ge=0.01, le=2, allow_inf_nan=False)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2, allow_inf_nan=False)

@@ -215,7 +215,7 @@ class ResponsesRequest(RequestModel):
     text: TextOptions | None = None
     max_output_tokens: Integer | None = Field(None, ge=1, le=1_000_000)
     temperature: Number | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: Number | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_p: Number | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     top_logprobs: Integer | None = Field(None, ge=0, le=20)
     include: Annotated[list[str], Field(max_length=MAX_TOOLS)] | None = None
     stream: Switch | None = None

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from entrypoints.chat_format.jinja_template import build_jinja_template
 from entrypoints.chat_format.round_template import round_text
 from entrypoints.chat_format.tool_calls import tool_format
-from entrypoints.chat_format.truncation import drop_oldest_turns, longest_fitting_prefix
+from entrypoints.chat_format.truncation import TokenLimitError, drop_oldest_turns, longest_fitting_prefix
 from entrypoints.errors import UserError
 from entrypoints.families import DEFAULT_FAMILY, FAMILIES, ROLE_TAGS, Family, family_named
 
@@ -191,7 +191,7 @@ class PromptFormat:
         """The turns of a prompt cut to `max_tokens`, and whether anything was cut.
 
         Whole turns go first, the oldest first, then the end of the last question.
-        Raises UserError: the role tags alone are longer.
+        Raises TokenLimitError: what is never cut is longer; after tool calls, their question is never cut either.
         """
 
         def length(candidate: list[Message]) -> int:
@@ -206,9 +206,8 @@ class PromptFormat:
             return [*before, replace(question, content=text)]
 
         if (shortest := length(with_question(""))) > max_tokens:
-            raise UserError(
-                f"max_source_length {max_tokens} does not hold the prompt's role tags", f"use at least {shortest}"
-            )
+            kept_text = "the prompt's system text, tools, tool calls and role tags"
+            raise TokenLimitError.of("--max-source-length", max_tokens, shortest, kept_text)
         text = longest_fitting_prefix(question.content, lambda text: length(with_question(text)) <= max_tokens)
         return with_question(text), True
 
@@ -277,9 +276,7 @@ class PromptFormat:
         empty = [*whole, replace(last, content="")]
         header = sum(1 + len(self._encode_body(turn, codec)) for turn in empty) - 1
         if header >= max_tokens:
-            raise UserError(
-                f"max_target_length {max_tokens} does not hold the answer's header", f"use at least {header + 1}"
-            )
+            raise TokenLimitError.of("--max-target-length", max_tokens, header + 1, "the answer's header")
         text = longest_fitting_prefix(last.content, lambda text: header + len(codec.encode(text)) <= max_tokens)
         return replace(last, content=text), text != last.content
 

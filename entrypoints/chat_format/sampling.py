@@ -16,7 +16,7 @@ class Sampling:
 
     max_new_tokens: int = 2048
     temperature: float = 0.8  # 0: greedy decoding
-    top_p: float = 0.8
+    top_p: float = 0.8  # 0: greedy decoding
     top_k: int | None = None  # None: no limit
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
@@ -36,7 +36,7 @@ class Sampling:
         bounds = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature <= 2, "from 0 to 2"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_p": (0 <= self.top_p <= 1, "from 0 to 1"),
             "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
             "repetition_penalty": (0 < self.repetition_penalty <= 2, "above 0 and at most 2"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
@@ -50,3 +50,6 @@ class Sampling:
             raise UserError(
                 f"out of bounds: {values}", ", ".join(f"{name} must be {bound}" for name, bound in wrong.items())
             )
+        if self.top_p == 0:  # only the most likely token, as at temperature 0; not every engine accepts it
+            object.__setattr__(self, "temperature", 0.0)
+            object.__setattr__(self, "top_p", 1.0)

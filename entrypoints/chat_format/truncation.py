@@ -4,8 +4,23 @@ import bisect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from entrypoints.errors import UserError
+
 if TYPE_CHECKING:
     from entrypoints.chat_format.prompt import Message
+
+
+class TokenLimitError(UserError):
+    """A limit in tokens does not hold what is never cut; `least` is its flag and the smallest value that does."""
+
+    def __init__(self, problem: str, remedy: str, least: tuple[str, int] = ("", 0)) -> None:
+        super().__init__(problem, remedy)
+        self.least = least
+
+    @classmethod
+    def of(cls, flag: str, limit: int, least: int, kept: str) -> "TokenLimitError":
+        """kept: what the limit does not hold."""
+        return cls(f"{flag} {limit} does not hold {kept}", f"use at least {least}", (flag, least))
 
 
 def drop_oldest_turns(turns: list["Message"], fits: Callable[[list["Message"]], bool]) -> list["Message"]:

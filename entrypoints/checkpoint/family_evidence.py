@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from entrypoints.checkpoint.atomic_files import check_not_lfs_pointer
 from entrypoints.checkpoint.tensor_files import read_json
 from entrypoints.checkpoint.tokenizer import VOCABULARY_FILE
 from entrypoints.errors import UserError
@@ -84,8 +85,16 @@ def _code_evidence(folder: Path) -> Iterator[Evidence]:
             break
     vocabulary = folder / VOCABULARY_FILE
     if vocabulary.is_file():
+        _check_complete(vocabulary)
         kind = "tiktoken" if _is_ranks(vocabulary) else "sentencepiece"
         yield VOCABULARY_FILE, {family.name for family in FAMILIES.values() if family.vocabulary == kind}
+
+
+def _check_complete(vocabulary: Path) -> None:
+    """Raises UserError: what git leaves in place of the file would count as a vocabulary of another family."""
+    check_not_lfs_pointer(vocabulary)
+    if not vocabulary.stat().st_size:
+        raise UserError(f"{vocabulary} is empty", "download the file again; in a clone, run `git lfs pull`")
 
 
 def _is_ranks(file: Path) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
+from entrypoints.dataset.reader import TEXT_BLANKS
 from entrypoints.dataset.row_files import kind_of_name
 from entrypoints.errors import UserError
 from entrypoints.untrusted import confined_path
@@ -50,16 +51,25 @@ class _BoundedStream:
 
 
 def is_archive(source: Path) -> bool:
-    """By content. What starts like gzip counts, so that a damaged download is reported; rows.jsonl.gz does not."""
+    """By content. What starts like gzip counts, so that a damaged download is reported, unless JSON rows are in it."""
     try:
         if source.is_dir() or kind_of_name(source):
             return False
         with source.open("rb") as file:
             if file.read(2) == b"\x1f\x8b":
-                return True
+                return not _starts_with_json(source)
         with _open(source):
             return True
     except DAMAGED:  # missing or unreadable: reported when the rows are read
+        return False
+
+
+def _starts_with_json(file: Path) -> bool:
+    """Whether gzip text starts like rows; what cannot be decompressed does not."""
+    try:
+        with gzip.open(file) as stream:
+            return stream.read(64).lstrip(TEXT_BLANKS)[:1] in (b"{", b"[")
+    except DAMAGED:
         return False
 
 

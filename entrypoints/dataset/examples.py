@@ -9,6 +9,7 @@ from typing import Any
 
 from entrypoints.chat_format.openai_messages import from_openai_messages, is_empty
 from entrypoints.chat_format.prompt import Message, as_messages, split_answer
+from entrypoints.chat_format.truncation import TokenLimitError
 from entrypoints.dataset import conversations
 from entrypoints.dataset.json_stream import MESSAGE_KEYS, Row, type_name
 from entrypoints.dataset.moss import moss_messages
@@ -44,11 +45,21 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class SkippedRow:
-    """A row that cannot be used, with the first reason."""
+    """A row that cannot be used, with the first reason.
+
+    least: of a row that exceeds a limit in tokens, the flag and its smallest value that holds the row.
+    """
 
     file: Path
     line: int
     reason: str
+    least: tuple[str, int] | None = None
+
+    @classmethod
+    def of_error(cls, row: "Row | Example | SkippedRow", error: UserError) -> "SkippedRow":
+        """The row for which the error was raised."""
+        least = error.least if isinstance(error, TokenLimitError) else None
+        return cls(row.file, row.line, error.problem, least)
 
 
 class RowConverter:
@@ -72,7 +83,7 @@ class RowConverter:
         try:
             return self._example(row, index)
         except UserError as error:
-            return SkippedRow(row.file, row.line, error.problem)
+            return SkippedRow.of_error(row, error)
 
     def _example(self, row: Row, index: int) -> Example | SkippedRow:
         fields = row.fields

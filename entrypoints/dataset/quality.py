@@ -182,7 +182,7 @@ class _Statistics:
         try:
             prompt, response = (0, 0) if isinstance(row, SkippedRow) else lengths(row)
         except UserError as error:
-            row = SkippedRow(row.file, row.line, error.problem)
+            row = SkippedRow.of_error(row, error)
         place = (self._files.setdefault(row.file, len(self._files)) << LINE_BITS) + row.line
         if isinstance(row, SkippedRow):
             self.skipped.setdefault(row.reason, []).append(place)

@@ -16,6 +16,7 @@ from entrypoints.dataset.json_stream import FORMAT_HINT, ChunkReader, Row, Scann
 from entrypoints.dataset.preferences import PreferenceConverter
 from entrypoints.dataset.row_files import expanded, ignored_files, kind_of_name, open_file, part_files, table_kind
 from entrypoints.dataset.shapes import Shape, resolve
+from entrypoints.dataset.skipped_rows import SkippedRows
 from entrypoints.dataset.tables import csv_rows, table_rows
 from entrypoints.errors import UserError
 
@@ -96,9 +97,8 @@ class ExampleReader:
         if not head:
             raise UserError("there are no rows", "pass a file that contains rows")
         self.rows = 0  # that were read so far
-        self.reasons: Counter[str] = Counter()  # of skipped rows
+        self.skipped = SkippedRows()
         self.shape = resolve(columns, head)
-        self._first_skipped: SkippedRow | None = None
         self.source = source or head[0].file
         self._columns = columns
         self._rows = itertools.chain(_consumed(head), rest)
@@ -121,21 +121,19 @@ class ExampleReader:
             example = convert(row, self.rows)
             self.rows += 1
             if isinstance(example, SkippedRow):
-                self.reasons[example.reason] += 1
-                self._first_skipped = self._first_skipped or example
+                self.skipped.add(example)
             yield example
         _require({flag: name for flag, name in missing.items() if name in absent}, present, self.source)
-        if self.reasons.total() == self.rows:
-            line = self._first_skipped.line if self._first_skipped else 0
+        if self.skipped.total == self.rows:
+            line = self.skipped.first.line if self.skipped.first else 0
             raise UserError(
-                f"no usable row in {self.source.name}: {_format_counts(self.reasons)} (first in line {line})",
+                f"no usable row in {self.source.name}: {self.skipped.counts()} (first in line {line})",
                 "fix the rows, or choose another shape with --format, or --prompt-column and --response-column",
             )
 
     def check_skipped(self, max_skipped: int | None) -> None:
         """Raise UserError if more rows were skipped than allowed; names the first one."""
-        if self._first_skipped:
-            check_skipped(self._first_skipped, max_skipped, self.reasons)
+        self.skipped.check(max_skipped)
 
     def log(self) -> None:
         """Say how the rows were read, and name what was not used."""
@@ -177,19 +175,6 @@ def examples(
     reader.log()
     reader.check_skipped(max_skipped)
     return used, skipped
-
-
-def check_skipped(first: SkippedRow, max_skipped: int | None, reasons: Counter[str]) -> None:
-    """Raise UserError if more rows were skipped than allowed, by reason; names the first one."""
-    total = reasons.total()
-    if max_skipped is None or total <= max_skipped:
-        return
-    counts = f" ({_format_counts(reasons)})" if len(reasons) > 1 else ""
-    rows = "1 row" if total == 1 else f"{total:,} rows"
-    raise UserError(
-        f"{first.file}:{first.line}: {first.reason}; {rows} cannot be used{counts}",
-        f"fix them, or allow them with --max-skipped {total}",
-    )
 
 
 def check_rows(path: Path, encoding: str, columns: Columns, max_skipped: int | None) -> None:
@@ -250,7 +235,3 @@ def _require(missing: dict[str, str], present: Iterable[str], path: Path) -> Non
             f"{names} in {path.name}; columns: {', '.join(present)}",
             f"select an existing column with {' and '.join(missing)}",
         )
-
-
-def _format_counts(reasons: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())

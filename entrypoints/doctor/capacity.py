@@ -14,7 +14,8 @@ from entrypoints.hardware.cards import Card
 from entrypoints.hardware.placement import weight_bytes
 
 MEMORY_FRACTION, ACTIVATION_BYTES = 0.9, 2e9  # usable fraction of the GPU memory; reserved for activations
-EFFICIENCY = 0.5  # of the data sheet's bandwidth and arithmetic, an assumption; two CPU cores reached 0.33 and 0.92 (k8s/README.md)
+# of the bandwidth and arithmetic in the data sheet, an assumption; two CPU cores reached 0.33 and 0.92 (k8s/README.md)
+EFFICIENCY = 0.5
 SLOTS = 64  # --slots of k8s/components/vllm
 MAX_LOAD = 0.7  # of slots and time, so that peaks and the restart of a replica are covered
 

@@ -34,8 +34,8 @@ class Evaluated:
 
 def read_predictions(folder: Path) -> list[Prediction]:
     """The answers that `predict.evaluate` has written."""
-    lines = (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
-    return [Prediction(**json.loads(line)) for line in lines]
+    with (folder / PREDICTIONS_FILE).open(encoding="utf-8") as lines:  # a text can contain what `splitlines` splits at
+        return [Prediction(**json.loads(line)) for line in lines]
 
 
 def write_comparison(evaluated: Sequence[Evaluated], test_file: Path, output: Path) -> str:

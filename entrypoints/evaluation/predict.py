@@ -16,6 +16,7 @@ from entrypoints.dataset.reader import Example
 from entrypoints.engines.base import Engine
 from entrypoints.errors import UserError
 from entrypoints.evaluation import metrics
+from entrypoints.evaluation.prompts import encode_prompt
 from entrypoints.file_writing import write_json
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def predict(
 
     Raises UserError: a prompt fills the context window; before the first batch, as the longest prompts come last.
     """
-    prompts = [(row, _encode_prompt(engine, row, max_source_length)) for row in rows]
+    prompts = [(row, encode_prompt(row, engine.prompt_format, engine.tokenizer, max_source_length)) for row in rows]
     prompts.sort(key=lambda pair: len(pair[1]))
     if prompts and (longest := len(prompts[-1][1])) >= engine.context_length:
         raise UserError(
@@ -133,12 +134,6 @@ def create_output_folder(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create --output-dir {output} ({error.strerror})", "choose another folder") from error
-
-
-def _encode_prompt(engine: Engine, row: Example, max_source_length: int) -> list[int]:
-    before, _ = split_answer(row.messages())
-    turns, _ = engine.prompt_format.truncate(before, engine.tokenizer, max_source_length)
-    return engine.prompt_format.encode(turns, engine.tokenizer)
 
 
 def _json_line(prediction: Prediction) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_LENGTH = 512  # tokens, of a prompt and of an answer
+MAX_LOGGED_SKIPS = 10  # rows whose prompts do not fit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         _check(candidate, {**shared, **own}, args, settings, all_rows)
         for candidate, own in zip(candidates, provenances, strict=True)
     ]
+    evaluations = _with_common_rows(evaluations)
     output: Path = args.output_dir
     predict.require_other_folder(output)
     predict.create_output_folder(output)
@@ -162,6 +164,7 @@ def _check(
     from entrypoints.chat_format.sampling import Sampling
     from entrypoints.dataset.reader import examples
     from entrypoints.engines.loading import check_engine_options
+    from entrypoints.evaluation.prompts import PromptEncoding, answerable_rows
 
     model, adapter = candidate
     columns = _columns(args, provenance, all_rows)
@@ -171,7 +174,25 @@ def _check(
     max_source = args.max_source_length or provenance.get("max_source_length", DEFAULT_MAX_LENGTH)
     max_target = args.max_target_length or provenance.get("max_target_length", DEFAULT_MAX_LENGTH)
     sampling = Sampling(max_new_tokens=max_target, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    return _Evaluation(model, options, rows[: args.max_predict_samples], len(skipped), max_source, sampling)
+    encoding = PromptEncoding.of_model(model, adapter, max_source)
+    rows, all_skipped = answerable_rows(rows[: args.max_predict_samples], skipped, encoding, args.max_skipped)
+    for row in all_skipped[len(skipped) :][:MAX_LOGGED_SKIPS]:
+        logger.warning("%s: skipped %s:%d: %s", model, row.file, row.line, row.reason)
+    return _Evaluation(model, options, rows, len(all_skipped), max_source, sampling)
+
+
+def _with_common_rows(evaluations: Sequence[_Evaluation]) -> list[_Evaluation]:
+    """Only the rows that every model can answer, which are compared: a row can be too long in one prompt format."""
+    common = set.intersection(*({row.index for row in one.rows} for one in evaluations))
+    if not common:
+        raise UserError("no row can be answered by all models", "raise --max-source-length")
+    return [_with_rows(one, [row for row in one.rows if row.index in common]) for one in evaluations]
+
+
+def _with_rows(one: _Evaluation, rows: "list[Example]") -> _Evaluation:
+    if dropped := len(one.rows) - len(rows):
+        logger.warning("%s: %d rows are skipped because another model cannot answer them", one.model, dropped)
+    return replace(one, rows=rows, n_skipped=one.n_skipped + dropped)
 
 
 def _evaluate(one: _Evaluation, output: Path, args: argparse.Namespace) -> tuple[dict[str, Any], float]:

@@ -175,7 +175,7 @@ def _train_and_check(run: "PreparedRun", train: Callable[[], object], status: St
     from entrypoints.training.result import checks, final_model
 
     arguments = run.arguments
-    test_rows = checks.read_test_rows(arguments)
+    test_rows = checks.read_test_rows(arguments, checks.encoding_of_run(run))
     base_answers = checks.answer_with_base_model(arguments, test_rows)
     if run.resumed and not run.has_steps:
         final_model.complete_from_checkpoint(run, run.resumed)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Le
 
 from entrypoints.api.openai_schema import ChatRequest
 from entrypoints.chat_format.sampling import Sampling
@@ -277,12 +277,11 @@ def slider_ranges(context_length: int | None = None) -> dict[str, SliderRange]:
     return {
         "max_tokens": SliderRange(1, longest, 1, min(default.max_new_tokens, longest)),
         "temperature": SliderRange(*_bounds("temperature"), 0.05, default.temperature),
-        "top_p": SliderRange(*_bounds("top_p", 0.01), 0.01, default.top_p),
+        "top_p": SliderRange(*_bounds("top_p"), 0.01, default.top_p),
     }
 
 
-def _bounds(name: str, step: float = 0) -> tuple[float, float]:
-    """Minimum and maximum that the schema allows; `step` is added to a minimum that is exclusive."""
+def _bounds(name: str) -> tuple[float, float]:
+    """Minimum and maximum that the schema allows."""
     limits = {type(limit): limit for limit in ChatRequest.model_fields[name].metadata}
-    minimum = limits[Ge].ge if Ge in limits else limits[Gt].gt + step
-    return minimum, limits[Le].le
+    return limits[Ge].ge, limits[Le].le

@@ -116,8 +116,9 @@ def remove_user(file: Path, name: str) -> bool:
 def _other_lines(file: Path, name: str) -> list[str]:
     """The lines of the file without the entry of this name. Raises UserError: the file is malformed."""
     read_users(file)
-    lines = file.read_text(encoding="utf-8-sig").splitlines(keepends=True)
-    return [line if line.endswith("\n") else f"{line}\n" for line in lines if normalized(line).split()[:1] != [name]]
+    text = file.read_text(encoding="utf-8-sig").removesuffix("\n")
+    lines = text.split("\n") if text else []  # `splitlines` would also split a comment, in which anything may stand
+    return [f"{line}\n" for line in lines if normalized(line).split()[:1] != [name]]
 
 
 def _write(file: Path, lines: list[str]) -> None:

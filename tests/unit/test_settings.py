@@ -35,6 +35,12 @@ def test_a_secret_can_be_in_a_file_and_an_empty_file_counts_as_unset(tmp_path):
     assert Settings.from_env({"API_KEY_FILE": str(tmp_path / "key"), "API_KEY": "other"}).api_key == Secret("other")
 
 
+def test_a_secret_file_may_start_with_a_byte_order_mark(tmp_path):
+    """Notepad of Windows writes one."""
+    (tmp_path / "key").write_text("glm-opensesame\r\n", encoding="utf-8-sig")
+    assert Settings.from_env({"API_KEY_FILE": str(tmp_path / "key")}).api_key == Secret("glm-opensesame")
+
+
 def test_a_secret_file_that_cannot_be_read_is_reported_with_its_variable(tmp_path):
     with pytest.raises(UserError, match=r"PAGE_PASSWORD_FILE=.*/absent cannot be read .*name a readable text file"):
         Settings.from_env({"PAGE_PASSWORD_FILE": str(tmp_path / "absent")})

@@ -21,7 +21,7 @@ def replace_processors(manager: ContinuousBatchingManager, on_invalid: Callable[
             processor.__class__ = _ExactTopK
         elif isinstance(processor, ContinuousBatchingTemperatureLogitsWarper) and on_invalid:
             processor.__class__ = _FiniteTemperature
-            processor.on_invalid = on_invalid
+            processor.on_invalid = on_invalid  # type: ignore[attr-defined]  # of its new class
 
 
 class _FiniteTemperature(ContinuousBatchingTemperatureLogitsWarper):

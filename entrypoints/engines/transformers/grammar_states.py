@@ -60,7 +60,7 @@ class GrammarStates:
     """The states of one answer."""
 
     def __init__(self, grammar: str) -> None:
-        self._bodies = dict(line.split(" ::= ", 1) for line in grammar.splitlines())
+        self._bodies = dict(line.split(" ::= ", 1) for line in grammar.split("\n") if line)
         self._rules: dict[str, _Node] = {}
         self._frames: dict[Position, _Frame] = {}
         self._states: dict[tuple[frozenset[Position], bool], State] = {}

@@ -1,5 +1,6 @@
 """The DeepSpeed configuration of a run: a bundled preset, or the user's file made consistent with the flags."""
 
+import codecs
 import importlib.util
 import logging
 import shutil
@@ -179,15 +180,15 @@ def _find_node(config: Config, field: str) -> tuple[Config, str]:
 
 def _read_json(name: str) -> Config:
     if name in PRESETS:
-        text = resources.files("entrypoints.training").joinpath(f"presets/{name}.json").read_text()
+        text = resources.files("entrypoints.training").joinpath(f"presets/{name}.json").read_bytes()
     else:
         file = Path(name)
         if not file.is_file():
             raise UserError(
                 f"--deepspeed {name} is neither a file nor a preset", f"name a file, or one of {', '.join(PRESETS)}"
             )
-        text = file.read_text(encoding="utf-8")
-    config = parse_json(text, name, "fix it, or use a preset")
+        text = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    config = parse_json(text, name, "fix it and save it as UTF-8, or use a preset")
     if not isinstance(config, dict):
         raise UserError(f"{name} is not a DeepSpeed configuration", "write a JSON object")
     return config

@@ -14,14 +14,23 @@ from entrypoints.dataset.reader import Example, examples, read_rows
 from entrypoints.engines.options import EngineOptions
 from entrypoints.engines.transformers.engine import TransformersEngine
 from entrypoints.evaluation import metrics, predict
+from entrypoints.evaluation.prompts import PromptEncoding, answerable_rows
 from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.result.report import Answer, write_reports
+from entrypoints.training.run_context import RunContext
 
 logger = logging.getLogger(__name__)
 BASE_FOLDER = "base-model"  # in the output folder: answers and scores of the base model
 REPORTED_ROWS = 3  # test rows whose answers the report shows, before and after training
 CHECKED_ROWS = 2  # test rows that the base model answers before the first step
 GENERAL_QUESTIONS = ("你好", "介绍一下你自己。")  # the same in every report: they show what the model has forgotten
+
+
+def encoding_of_run(run: RunContext) -> PromptEncoding:
+    """How test rows are asked around a run: in the format of the base model before it, then in that of the result."""
+    formats = (run.base.prompt_format, run.prompt_format)
+    limit, context_length = run.arguments.max_source_length, run.base.model_config.context_length
+    return PromptEncoding(run.base.tokenizer, tuple(dict.fromkeys(formats)), limit, context_length)
 
 
 @dataclass(frozen=True)
@@ -32,13 +41,19 @@ class RowsToAnswer:
     n_skipped: int = 0
 
 
-def read_test_rows(arguments: TrainArguments) -> RowsToAnswer:
-    """The rows of --test-file, none without one; unusable rows are logged."""
+def read_test_rows(arguments: TrainArguments, encoding: PromptEncoding) -> RowsToAnswer:
+    """The rows of --test-file, none without one; those that cannot be used are logged.
+
+    If they are to be answered, so are those whose prompts exceed the limits. Raises UserError: more of them than
+    --max-skipped, no usable row, a prompt that fills the context window.
+    """
     if arguments.test_file is None:
         return RowsToAnswer([])
     file = arguments.test_file
     columns = arguments.columns_of(file)
     rows, skipped = examples(read_rows(file, arguments.encoding), columns, arguments.max_skipped, file)
+    if arguments.predict_with_generate:
+        rows, skipped = answerable_rows(rows, skipped, encoding, arguments.max_skipped)
     if skipped:
         logger.warning(
             "%s: %d rows to answer, %d skipped, the first in line %d: %s",

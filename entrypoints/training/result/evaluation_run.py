@@ -12,17 +12,19 @@ from pathlib import Path
 import torch
 
 from entrypoints.chat_format.prompt import IGNORE_INDEX
-from entrypoints.dataset.reader import Example, check_rows, examples, read_rows
+from entrypoints.dataset.reader import check_rows, examples, read_rows
+from entrypoints.dataset.skipped_rows import usable_rows
 from entrypoints.engines.options import EngineOptions
 from entrypoints.engines.transformers.engine import TransformersEngine
 from entrypoints.errors import UserError
 from entrypoints.evaluation import predict
+from entrypoints.evaluation.prompts import PromptEncoding
 from entrypoints.file_writing import write_json
 from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.methods.precision import resolve_precision
 from entrypoints.training.output_files import EVALUATION_FILE
 from entrypoints.training.result import checks
-from entrypoints.training.rows.collation import Collator, RowEncoder
+from entrypoints.training.rows.collation import Collator, EncodedRow, RowEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +57,18 @@ def evaluate(arguments: TrainArguments, parts: Parts) -> Path:
         if file is not None:
             check_rows(file, arguments.encoding, arguments.columns_of(file), arguments.max_skipped)
     resolve_precision(arguments)
+    encoding = PromptEncoding.of_model(arguments.model_name_or_path, arguments.adapter, arguments.max_source_length)
+    encoded = _encode_validation_rows(arguments, encoding) if parts.loss else None
+    test_rows = checks.read_test_rows(arguments, encoding) if parts.answers else None
     predict.create_output_folder(arguments.output_dir)
     engine = _load(arguments, parts.half)
-    if parts.loss and arguments.validation_file:
-        _write_loss(engine, arguments, arguments.validation_file)
-    if parts.answers:
+    if encoded:
+        _write_loss(engine, arguments, *encoded)
+    if test_rows:
         if earlier := predict.keep_earlier_results(arguments.output_dir):
             logger.info("the results of the run before are kept in %s", earlier)
-        rows = checks.read_test_rows(arguments)
-        predictions = checks.predict_rows(engine, arguments, rows.usable)
-        scores = predict.evaluate(predictions, arguments.output_dir, n_skipped=rows.n_skipped)
+        predictions = checks.predict_rows(engine, arguments, test_rows.usable)
+        scores = predict.evaluate(predictions, arguments.output_dir, n_skipped=test_rows.n_skipped)
         logger.info("scores of %s: %s", arguments.test_file, scores)
     return arguments.output_dir
 
@@ -80,22 +84,31 @@ def _load(arguments: TrainArguments, half: bool) -> TransformersEngine:
     return TransformersEngine.load(arguments.model_name_or_path, options)
 
 
-def _write_loss(engine: TransformersEngine, arguments: TrainArguments, file: Path) -> None:
-    columns = arguments.columns_of(file)
-    rows, skipped = examples(read_rows(file, arguments.encoding), columns, arguments.max_skipped, file)
-    loss = mean_loss(engine, rows, arguments)
-    logger.info("%s: eval_loss %.4f of %d rows, %d skipped", file, loss, len(rows), len(skipped))
-    metrics = {"eval_loss": loss, "eval_samples": len(rows), "eval_skipped": len(skipped)}
+def _encode_validation_rows(arguments: TrainArguments, encoding: PromptEncoding) -> tuple[list[EncodedRow], int]:
+    """The rows of --validation-file, and how many were skipped; before the model is loaded."""
+    file = arguments.validation_file
+    assert file, "checked before"
+    columns, limit = arguments.columns_of(file), arguments.max_skipped
+    rows, skipped = examples(read_rows(file, arguments.encoding), columns, limit, file)
+    limits = arguments.max_source_length, arguments.max_target_length
+    encoder = RowEncoder(encoding.tokenizer, encoding.formats[0], *limits)
+    encoded, skipped = usable_rows(rows, skipped, encoder.encode_example, limit)
+    return encoded, len(skipped)
+
+
+def _write_loss(
+    engine: TransformersEngine, arguments: TrainArguments, encoded: Sequence[EncodedRow], n_skipped: int
+) -> None:
+    loss = mean_loss(engine, encoded, arguments)
+    file = arguments.validation_file
+    logger.info("%s: eval_loss %.4f of %d rows, %d skipped", file, loss, len(encoded), n_skipped)
+    metrics = {"eval_loss": loss, "eval_samples": len(encoded), "eval_skipped": n_skipped}
     write_json(arguments.output_dir / EVALUATION_FILE, metrics)
 
 
 @torch.inference_mode()
-def mean_loss(engine: TransformersEngine, rows: Sequence[Example], arguments: TrainArguments) -> float:
+def mean_loss(engine: TransformersEngine, encoded: Sequence[EncodedRow], arguments: TrainArguments) -> float:
     """The mean loss of a label, over the labels of all rows."""
-    encoder = RowEncoder(
-        engine.tokenizer, engine.prompt_format, arguments.max_source_length, arguments.max_target_length
-    )
-    encoded = [encoder.encode_example(row) for row in rows]
     collate, size = Collator(engine.tokenizer.pad_id), arguments.per_device_eval_batch_size
     total, labels = 0.0, 0
     for start in range(0, len(encoded), size):

@@ -34,7 +34,6 @@ SCHEMA = pyarrow.schema([
 PAIR_SCHEMA = pyarrow.schema(
     [*SCHEMA, *(pyarrow.field(name, pyarrow.list_(pyarrow.int32())) for name in ("rejected_ids", "rejected_labels"))]
 )
-RowMapper = Callable[[Callable[["RowFields"], "EncodedRow | str"], "list[RowFields]"], "list[EncodedRow | str]"]
 
 
 class RowFields(TypedDict):
@@ -60,6 +59,10 @@ class EncodedRow(TypedDict):
     target_truncated: bool
     rejected_ids: NotRequired[list[int]]
     rejected_labels: NotRequired[list[int]]
+
+
+Outcome = EncodedRow | UserError  # the error says why the row is skipped
+RowMapper = Callable[[Callable[[RowFields], Outcome], list[RowFields]], list[Outcome]]
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,12 @@ class RowEncoder:
         """Encode a row of a file; raises UserError as a call does."""
         return self(_fields(row))
 
-    def encode_or_reason(self, row: RowFields) -> EncodedRow | str:
+    def encode_or_error(self, row: RowFields) -> Outcome:
         """The encoded row, or why it is skipped; an exception would lose the other rows of a worker's block."""
         try:
             return self(row)
         except UserError as error:
-            return error.problem
+            return error
 
     def check_limits(self) -> None:
         """Raise UserError when the limits are too small for the special tokens of an empty question and answer."""
@@ -144,7 +147,7 @@ def encode_rows(
         writer = pyarrow.ipc.new_stream(sink, encoder.schema)
         for block in _blocks(iter(examples)):
             bar.update(len(block))
-            rows = _usable_rows(block, map_rows(encoder.encode_or_reason, [_fields(row) for row in block]), skip)
+            rows = _usable_rows(block, map_rows(encoder.encode_or_error, [_fields(row) for row in block]), skip)
             if not rows:
                 continue
             writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, encoder.schema))
@@ -161,13 +164,11 @@ def encode_rows(
     )  # fmt: skip
 
 
-def _usable_rows(
-    block: list[Example], encoded: list[EncodedRow | str], skip: Callable[[SkippedRow], None]
-) -> list[EncodedRow]:
+def _usable_rows(block: list[Example], encoded: list[Outcome], skip: Callable[[SkippedRow], None]) -> list[EncodedRow]:
     usable = []
     for example, row in zip(block, encoded, strict=True):
-        if isinstance(row, str):
-            skip(SkippedRow(example.file, example.line, row))
+        if isinstance(row, UserError):
+            skip(SkippedRow.of_error(example, row))
         else:
             usable.append(row)
     return usable

@@ -21,8 +21,9 @@ import torch
 
 from entrypoints.checkpoint.atomic_files import exclusive_lock
 from entrypoints.checkpoint.tokenizer import TOKENIZER_FILE
-from entrypoints.dataset.reader import Example, SkippedRow, check_skipped, stream_examples, stream_rows
+from entrypoints.dataset.reader import Example, SkippedRow, stream_examples, stream_rows
 from entrypoints.dataset.row_files import part_files
+from entrypoints.dataset.skipped_rows import SkippedRows
 from entrypoints.errors import UserError
 from entrypoints.training.arguments import TrainArguments
 from entrypoints.training.rows.collation import RowEncoder, encode_rows
@@ -37,18 +38,16 @@ ENCODING_VERSION = 5  # increase when the same row would be encoded differently
 
 @dataclass
 class RowCounts:
-    """Used and skipped rows of each file, and the reasons for skipping."""
+    """Used and skipped rows of each file, and the reasons for skipping in all of them."""
 
     used: Counter[Path] = field(default_factory=Counter)
     skipped: Counter[Path] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
-    first_skipped: SkippedRow | None = None
+    all_skipped: SkippedRows = field(default_factory=SkippedRows)
 
     def add_skipped(self, row: SkippedRow) -> None:
         """Count a row that cannot be used; the first ones of each file are logged."""
         self.skipped[row.file] += 1
-        self.reasons[row.reason] += 1
-        self.first_skipped = self.first_skipped or row
+        self.all_skipped.add(row)
         if self.skipped[row.file] <= MAX_LOGGED_SKIPS:
             logger.warning("skipped %s:%d: %s", row.file.name, row.line, row.reason)
 
@@ -64,11 +63,9 @@ class RowCounts:
             logger.info("%s: %d rows used, %d skipped", file, self.used[file], self.skipped[file])
         if len(files) > MAX_LOGGED_FILES:
             logger.info("%d files: %d rows used, %d skipped", len(files), self.used.total(), self.skipped.total())
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
         if not self.used.total():
-            raise UserError(f"no usable row: {reasons}", "fix the rows, or raise the limit that they exceed")
-        if self.first_skipped:
-            check_skipped(self.first_skipped, max_skipped, self.reasons)
+            raise UserError(f"no usable row: {self.all_skipped.counts()}", self.all_skipped.fix())
+        self.all_skipped.check(max_skipped)
 
 
 def load_encoded_rows(

@@ -34,6 +34,12 @@ def test_temperature_zero_is_not_treated_as_missing():
     assert not chat(temperature=0.01).sampling().greedy
 
 
+def test_a_top_p_of_zero_is_greedy_as_many_clients_send_it_with_temperature_zero():
+    for temperature in (None, 0, 1):
+        assert chat(temperature=temperature, top_p=0).sampling().greedy
+    assert CompletionRequest(prompt="x", top_p=0).sampling().greedy
+
+
 def test_every_field_reaches_the_engine():
     sampling = chat(
         temperature=0.3, top_p=0.4, top_k=5, repetition_penalty=1.1, frequency_penalty=0.2, presence_penalty=-0.3,
@@ -56,7 +62,7 @@ def test_stop_is_one_string_or_a_list(stop, stops):
     ("field", "value"),
     [
         ("temperature", -0.1), ("temperature", 2.1), ("temperature", math.nan), ("temperature", math.inf),
-        ("temperature", "warm"), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("max_tokens", 0), ("max_tokens", -1),
+        ("temperature", "warm"), ("top_p", -0.1), ("top_p", 1.1), ("top_k", -2), ("max_tokens", 0), ("max_tokens", -1),
         ("max_completion_tokens", 0), ("n", 0), ("n", 9), ("seed", 2**64), ("seed", 0.5), ("frequency_penalty", 2.1),
         ("presence_penalty", -2.1), ("repetition_penalty", 0), ("repetition_penalty", 1e-9), ("stop", ""),
         ("stop", ["a"] * 17), ("stop", "x" * 257), ("top_logprobs", 21), ("tool_choice", "maybe"), ("tools", {}),

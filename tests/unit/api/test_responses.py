@@ -221,6 +221,12 @@ def test_parameters_reach_the_engine_and_are_returned(app, engine):
     assert respond(app, "say 好", include=["message.output_text.logprobs"])["output"][0]["content"][0]["logprobs"]
 
 
+def test_a_top_p_of_zero_is_greedy_and_the_parameters_that_took_effect_are_returned(app, engine):
+    response = respond(app, "say 好", temperature=1, top_p=0)
+    assert engine.samplings[-1].greedy
+    assert (response["temperature"], response["top_p"]) == (0, 1)
+
+
 def test_a_text_format_reaches_the_engine_or_is_rejected_by_name(app, engine):
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     format_ = {"type": "json_schema", "name": "answer", "schema": schema, "strict": True}

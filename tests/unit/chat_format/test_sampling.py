@@ -42,7 +42,7 @@ def test_the_bounds_themselves_are_valid(field, value):
         ("temperature", -0.1),
         ("temperature", 2.1),
         ("temperature", math.nan),
-        ("top_p", 0),
+        ("top_p", -0.1),
         ("top_p", 1.1),
         ("top_p", math.nan),
         ("top_k", 0),
@@ -60,9 +60,18 @@ def test_a_value_out_of_bounds_is_rejected_with_its_name_and_value(field, value)
         Sampling(**{field: value})
 
 
+def test_a_top_p_of_zero_is_greedy_decoding_and_engines_get_a_value_that_all_accept():
+    """The engine vLLM rejects 0."""
+    for temperature in (0, 0.8, 2):
+        sampling = Sampling(temperature=temperature, top_p=0)
+        assert sampling.greedy
+        assert (sampling.temperature, sampling.top_p) == (0, 1)
+    assert not Sampling(top_p=1e-9).greedy
+
+
 def test_all_invalid_fields_are_reported_at_once():
     with pytest.raises(UserError) as caught:
-        Sampling(temperature=3, top_p=0, top_k=0)
+        Sampling(temperature=3, top_p=-1, top_k=0)
     assert [name in str(caught.value) for name in ("temperature", "top_p", "top_k", "seed")] == [
         True,
         True,

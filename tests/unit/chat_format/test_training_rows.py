@@ -122,7 +122,7 @@ def test_only_the_last_turn_of_an_answer_is_truncated(toy_tokenizer):
     assert (whole.target_truncated, cut.target_truncated) == (False, True)
     assert cut.ids[:-4] == whole.ids[: len(cut.ids) - 4]
     assert cut.ids[-1] == toy_tokenizer.eos_id
-    with pytest.raises(UserError, match="max_target_length 4 does not hold the answer's header"):
+    with pytest.raises(UserError, match="--max-target-length 4 does not hold the answer's header"):
         FORMAT.encode_for_training(messages, toy_tokenizer, 64, 4)
 
 
@@ -209,7 +209,7 @@ def test_oldest_turns_are_dropped_before_the_question_is_truncated(toy_tokenizer
 @pytest.mark.parametrize("prompt_format", [FORMAT, ROUND])
 def test_limits_too_small_for_the_role_tags_are_rejected_with_the_minimum(prompt_format, toy_tokenizer):
     minimum = len(prompt_format.encode([Message("user", "")], toy_tokenizer))
-    with pytest.raises(UserError, match=f"max_source_length {minimum - 1} .*use at least {minimum}"):
+    with pytest.raises(UserError, match=f"--max-source-length {minimum - 1} .*use at least {minimum}"):
         prompt_format.encode_for_training(LONG, toy_tokenizer, minimum - 1, 64)
     row = prompt_format.encode_for_training(LONG, toy_tokenizer, minimum, 64)
     assert row.ids[:minimum] == prompt_format.encode([Message("user", "")], toy_tokenizer)
@@ -217,7 +217,7 @@ def test_limits_too_small_for_the_role_tags_are_rejected_with_the_minimum(prompt
 
 def test_a_target_limit_too_small_for_the_answers_header_is_rejected(toy_tokenizer):
     header = len(toy_tokenizer.encode("\n"))
-    with pytest.raises(UserError, match=f"max_target_length {header} .*use at least {header + 1}"):
+    with pytest.raises(UserError, match=f"--max-target-length {header} .*use at least {header + 1}"):
         FORMAT.encode_for_training(SHORT, toy_tokenizer, 64, header)
 
 

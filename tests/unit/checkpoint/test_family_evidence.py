@@ -74,6 +74,23 @@ def test_code_is_stronger_than_family_and_must_agree_with_names(file, text, fami
     assert family_of(folder) == family
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2\n", "is a Git LFS pointer.*git lfs pull"),
+        (b"", "is empty; download the file again"),
+    ],
+)
+@pytest.mark.parametrize("requested", [None, "glm4"])
+def test_a_vocabulary_that_git_left_out_is_named_and_not_taken_for_another_family(requested, content, problem, folder):
+    """Without Git LFS a clone of GLM-4 has no ranks in tokenizer.model, as if it were a file of sentencepiece."""
+    edit(folder, _name_or_path="THUDM/glm-4-9b-chat")
+    (folder / "tokenization_chatglm.py").write_text("class ChatGLM4Tokenizer: ...\n")
+    (folder / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match=f"tokenizer.model {problem}"):
+        original_format(folder, requested)
+
+
 def test_code_is_read_as_text_and_never_run(folder, tmp_path):
     (folder / "modeling_chatglm.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{CHATGLM3_MODELING}")
     (folder / "tokenization_chatglm.py").write_bytes(b"\xff\xfe not python " + CHATGLM3_TOKENIZATION.encode())

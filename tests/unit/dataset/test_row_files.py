@@ -95,12 +95,40 @@ def test_csv_is_read_with_quotes_line_breaks_and_the_delimiter_of_its_first_line
         ("a,b\n1\n", "rows.csv:2: 1 fields"),
         ('a,b\n1,"2\n3,4\n', "rows.csv:2: not CSV: unexpected end of data"),
         ("a,a\n1,2\n", "rows.csv:1: the column 'a' is there twice"),
+        ("a,,,b\n1,2,3,4\n", "rows.csv:1: the column '' is there twice"),
         ("a,b\n", "rows.csv contains no rows"),
         ("", "rows.csv is empty"),
     ],
 )
 def test_a_malformed_csv_file_is_an_error_with_its_line(text, problem, tmp_path):
     assert problem in error_of(written(tmp_path / "rows.csv", text.encode())).problem
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_csv_whose_lines_end_with_a_carriage_return_alone_is_read(encoding, chunk, tmp_path, monkeypatch):
+    """Excel for Mac saves it; a line break inside a cell is a line feed there."""
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", chunk)
+    text = 'content,summary\r裙,"好,\n看"\r\r裤,"又\r好"\r'
+    rows = read_rows(written(tmp_path / "rows.csv", text.encode(encoding)), encoding)
+    assert [row.fields for row in rows] == [
+        {"content": "裙", "summary": "好,\n看"}, {"content": "裤", "summary": "又\n好"}
+    ]  # fmt: skip
+    assert [row.line for row in rows] == [2, 4]
+
+
+def test_columns_at_the_end_of_a_csv_file_without_name_and_value_are_ignored(tmp_path):
+    """Excel saves columns of which only the format was set, and omits them in some rows."""
+    text = "content,summary,,\n裙,好看,, \n裤,又好,\n衣,很好\n"
+    assert fields_of(written(tmp_path / "rows.csv", text.encode())) == [
+        {"content": "裙", "summary": "好看"}, {"content": "裤", "summary": "又好"}, {"content": "衣", "summary": "很好"}
+    ]  # fmt: skip
+    error = error_of(written(tmp_path / "rows.csv", (text + "鞋,好看,又便宜,\n").encode()))
+    assert error.problem.endswith("rows.csv:5: a value in column 3, which has no name in the first line")
+    assert error.remedy == "name the column, or put text that contains ',' in double quotes"
+    for line, count in (("鞋", 1), ("鞋,1,,,", 5)):
+        error = error_of(written(tmp_path / "rows.csv", f"{text}{line}\n".encode()))
+        assert error.problem.endswith(f"rows.csv:5: {count} fields, the first line names 4 columns")
 
 
 def test_json_in_a_file_named_csv_is_json_and_csv_under_another_name_is_named_as_such(tmp_path):
@@ -294,6 +322,12 @@ def test_rows_come_through_a_pipe(tmp_path):
         writing = pool.submit(pipe.write_bytes, LINES)
         assert fields_of(pipe) == ROWS
         writing.result(timeout=60)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_compressed_rows_under_a_name_that_says_nothing_can_be_split(encoding, tmp_path):
+    path = written(tmp_path / "rows.gz", gzip.compress(LINES.decode().encode(encoding)))
+    assert len(split(path, encoding.removesuffix("-sig"), SplitOptions(rows=2)).train) == 5
 
 
 def test_a_compressed_file_and_a_table_with_dates_can_be_split(tmp_path):

@@ -145,7 +145,7 @@ def read(path, *fields, columns=None):
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in fields), encoding="utf-8")
     reader = stream_examples(stream_rows(path), columns or Columns())
     found = list(reader)
-    assert reader.reasons == {}, reader.reasons
+    assert reader.skipped.total == 0, reader.skipped.counts()
     return reader.shape.name, [example.messages() for example in found], dict(reader.unused)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from entrypoints.evaluation.comparison import Evaluated, most_different_rows, write_comparison
+from entrypoints.evaluation.comparison import Evaluated, most_different_rows, read_predictions, write_comparison
 from entrypoints.evaluation.metrics import score
 from entrypoints.evaluation.predict import Prediction
+from entrypoints.evaluation.predict import evaluate as evaluate_predictions
 from entrypoints.jobs import evaluate
 
 
@@ -110,6 +111,13 @@ def test_two_models_of_the_same_name_have_two_rows(glm, toy_native, rows, tmp_pa
     flags = ["--test-file", rows, "--output-dir", tmp_path / "out", "--device", "cpu", "--max-target-length", 2]
     out = glm("evaluate", *models, *flags).out
     assert [f"| {toy_native.name}-{number} |" in out for number in (1, 2)] == [True, True]
+
+
+def test_answers_with_separators_of_other_lines_are_read_back(tmp_path):
+    """Unicode has more ends of a line than JSON Lines."""
+    answers = [Prediction(0, 1, "问\u2028题", "a\u2029b\x85c\x0b", "\x1cx\r\ny"), Prediction(1, 2, "q", "r", "\ud83d")]
+    evaluate_predictions(answers, tmp_path)
+    assert read_predictions(tmp_path) == answers
 
 
 def evaluated(name, *answers):

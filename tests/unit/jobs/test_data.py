@@ -155,7 +155,10 @@ def test_with_a_model_tools_are_counted_and_rows_too_long_for_the_limits_are_ski
     path = file_of(tmp_path, {"talk": TALK}, {"talk": TALK, "tools": [TOOL] * 9}, {"talk": [*TALK[1:2], TALK[4]]})
     report = checked(capsys, path, *words)
     assert report["skipped"] == {
-        "max_source_length 60 does not hold the prompt's role tags": {"count": 1, "lines": [2]}
+        "--max-source-length 60 does not hold the prompt's system text, tools, tool calls and role tags": {
+            "count": 1,
+            "lines": [2],
+        }
     }
     assert (report["used"], report["unit"], report["cut_prompts"]["count"]) == (2, "tokens", 0)
     longer = checked(capsys, path, *words, "--source-prefix", "请回答")

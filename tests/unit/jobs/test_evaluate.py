@@ -1,6 +1,7 @@
 """`glm evaluate`. Prompts as in training: test_train_runs.py. Scores: evaluation/test_metrics.py."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -288,13 +289,59 @@ def test_options_that_a_gguf_file_does_not_support_are_rejected(toy_gguf, evalua
     assert "a GGUF file does not support adapters" in evaluate("--model", toy_gguf, "--adapter", "mine").mistake()
 
 
-def test_too_long_prompts_are_reported_before_the_first_answer(evaluate, echo, rows_file):
-    """The longest prompts come last, hours later."""
-    batches = echo("好")
+@pytest.fixture
+def no_loading(monkeypatch):
+    monkeypatch.setattr("entrypoints.engines.loading.load_engine", lambda *_: pytest.fail("loaded a model"))
+
+
+@pytest.mark.parametrize("model", ["toy_native", "toy_gguf"])
+def test_too_long_prompts_are_reported_before_the_model_is_loaded(model, evaluate, rows_file, no_loading, request):
     file = rows_file(ROWS[1], {"content": "裙" * 2000, "summary": "好"})
-    done = evaluate("--test-file", file, "--max-source-length", 4000, "--per-device-eval-batch-size", 1).mistake()
-    assert "the context length is 1024" in done
-    assert batches == []
+    flags = ("--model", request.getfixturevalue(model), "--test-file", file, "--max-source-length", 4000)
+    done = evaluate(*flags, "--per-device-eval-batch-size", 1).mistake()
+    assert f"{file}:2: the longest prompt has " in done
+    assert "the context length is 1024; lower --max-source-length to at most 1023" in done
+
+
+LONG_SYSTEM = [{"role": "system", "content": "规" * 300}, {"role": "user", "content": "裙"}]
+TALK = [
+    {"messages": [*turns, {"role": "assistant", "content": "好"}]}
+    for turns in (LONG_SYSTEM[1:], LONG_SYSTEM, LONG_SYSTEM[1:])
+]
+
+
+def test_a_row_whose_system_text_is_too_long_is_skipped_and_counted(evaluate, echo, rows_file, answers):
+    echo("好")
+    flags = ("--test-file", rows_file(*TALK), "--max-source-length", 64)
+    done = evaluate(*flags)
+    assert [json.loads(done.out)[name] for name in ("n", "n_skipped")] == [2, 1]
+    assert [answer["line"] for answer in answers()] == [1, 3]
+    assert "rows.jsonl:2: --max-source-length 64 does not hold the prompt's system text" in done.err
+    assert json.loads(evaluate(*flags, "--max-predict-samples", 1).out)["n_skipped"] == 0
+
+
+def test_max_skipped_refuses_a_row_whose_system_text_is_too_long_before_the_model_is_loaded(
+    evaluate, rows_file, no_loading
+):
+    done = evaluate("--test-file", rows_file(*TALK), "--max-source-length", 64, "--max-skipped", 0).mistake()
+    assert re.search(r"rows.jsonl:2: .*; set --max-source-length \d+, or allow them with --max-skipped 1$", done)
+
+
+def test_models_are_compared_on_the_rows_that_both_can_answer(evaluate, echo, rows_file, toy_native, tmp_path):
+    """The prefix of one of them leaves less room."""
+    echo("好")
+    other = shutil.copytree(toy_native, tmp_path / "other")
+    (other / "manifest.json").unlink()
+    prompt = json.loads((other / "prompt.json").read_text(encoding="utf-8"))
+    prompt["source_prefix"] = "请认真回答下面的问题：" * 9
+    (other / "prompt.json").write_text(json.dumps(prompt), encoding="utf-8")
+    short = {"messages": [{"role": "system", "content": "规" * 9}, *TALK[0]["messages"]]}
+    system = {"messages": [{"role": "system", "content": "规" * 40}, *TALK[0]["messages"]]}
+    flags = ("--test-file", rows_file(short, system), "--max-source-length", 220, "--model", toy_native)
+    done = evaluate(*flags, "--model", other)
+    values = json.loads((tmp_path / "scores" / "comparison.json").read_text(encoding="utf-8"))
+    assert [(one["n"], one["n_skipped"]) for one in values.values()] == [(1, 1), (1, 1)], done.err
+    assert f"{toy_native}: 1 rows are skipped because another model cannot answer them" in done.err
 
 
 @pytest.mark.parametrize(
@@ -308,7 +355,7 @@ def test_too_long_prompts_are_reported_before_the_first_answer(evaluate, echo, r
             "--max-source-length 0 is below 1; --max-target-length",
         ),
         (("--max-predict-samples", 0), "--max-predict-samples 0 is below 1"),
-        (("--max-source-length", 2), "max_source_length 2 does not hold the prompt's role tags"),
+        (("--max-source-length", 2), "--max-source-length 2 does not hold the prompt's system"),
         (("--output-dir", "/dev/null"), "cannot create --output-dir /dev/null"),
         (("--temperature", 3), "out of bounds: temperature=3"),
     ],

@@ -179,18 +179,70 @@ def test_the_error_for_a_missing_file_names_it(flag, run, tmp_path):
 def test_the_error_for_a_too_small_limit_names_the_smallest_possible_one(run):
     """A prompt needs [gMASK] sop, user tag, newline, assistant tag; an answer needs its newline."""
     message = run("--max-source-length", 3).mistake()
-    least = int(
-        re.fullmatch(r"glm: max_source_length 3 does not hold the prompt's role tags; use at least (\d+)", message)[1]
-    )
+    least = int(re.fullmatch(r"glm: --max-source-length 3 does not hold .* role tags; use at least (\d+)", message)[1])
     assert str(least) in run("--max-source-length", least - 1).mistake()
     with pytest.raises(Loading):
         run("--max-source-length", least)
     message = run("--max-target-length", 1).mistake()
     least = int(
-        re.fullmatch(r"glm: max_target_length 1 does not hold the answer's header; use at least (\d+)", message)[1]
+        re.fullmatch(r"glm: --max-target-length 1 does not hold the answer's header; use at least (\d+)", message)[1]
     )
     with pytest.raises(Loading):
         run("--max-target-length", least)
+
+
+LONG_SYSTEM = {
+    "messages": [
+        {"role": "system", "content": "规" * 300},
+        {"role": "user", "content": "裙"},
+        {"role": "assistant", "content": "好看。"},
+    ]
+}
+ANSWERED = {"messages": LONG_SYSTEM["messages"][1:]}
+
+
+def test_a_training_row_with_a_long_system_text_is_refused_with_the_length_that_holds_it(run, rows_file):
+    file = rows_file(ANSWERED, LONG_SYSTEM, name="talk.jsonl")
+    message = run("--train-file", file, "--max-source-length", 64).mistake()
+    found = re.search(r"set --max-source-length (\d+), or allow them with --max-skipped 1$", message)
+    assert f"{file}:2: --max-source-length 64 does not hold the prompt's system text, tools" in message
+    with pytest.raises(Loading):
+        run("--train-file", file, "--max-source-length", found[1])
+
+
+@pytest.mark.parametrize(
+    "flags", [("--predict-with-generate",), ("--do-predict",), ("--do-predict", "--source-prefix", "请回答：" * 9)]
+)
+def test_a_test_row_without_a_prompt_is_found_before_the_model_is_loaded(flags, run, rows_file, capsys):
+    file = rows_file(ANSWERED, LONG_SYSTEM, name="talk.jsonl")
+    flags = ("--do-train", "--test-file", file, "--max-source-length", 128, *flags)
+    message = run(*flags).mistake()
+    found = re.search(r"1 row cannot be used; set --max-source-length (\d+), or allow them with --max-skip", message)
+    assert f"{file}:2: --max-source-length 128 does not hold" in message
+    for more in (("--max-source-length", found[1]), ("--max-skipped", 1)):
+        with pytest.raises(Loading):
+            run(*flags, "--overwrite-output-dir", *more)
+    err = capsys.readouterr().err
+    assert "talk.jsonl: 1 rows to answer, 1 skipped, the first in line 2: --max-source-length 128 does not hold" in err
+
+
+@pytest.mark.parametrize("part", ["--do-predict", "--do-eval"])
+def test_an_evaluation_alone_finds_a_row_without_a_prompt_before_it_loads_the_model(part, run, rows_file):
+    file = rows_file(ANSWERED, LONG_SYSTEM, name="talk.jsonl")
+    flags = (part, "--test-file", file, "--validation-file", file, "--max-source-length", 64)
+    assert f"{file}:2: --max-source-length 64 does not hold" in run(*flags).mistake()
+    with pytest.raises(Loading):
+        run(*flags, "--max-skipped", 1)
+
+
+@pytest.mark.parametrize("parts", [("--do-train", "--do-predict"), ("--do-predict",)])
+def test_a_prompt_that_fills_the_context_is_found_before_the_model_is_loaded(parts, run, rows_file):
+    file = rows_file(ROW, {"content": "裙" * 3000, "summary": "好"}, name="test.jsonl")
+    message = run(*parts, "--test-file", file, "--max-source-length", 4000).mistake()
+    assert f"{file}:2: the longest prompt has " in message
+    assert message.endswith("the context length is 1024; lower --max-source-length to at most 1023")
+    with pytest.raises(Loading):
+        run(*parts, "--test-file", file, "--max-source-length", 1023)
 
 
 def test_rows_longer_than_the_context_length_are_rejected(run, rows_file):

@@ -151,14 +151,14 @@ def test_a_row_that_exceeds_the_limits_is_skipped_with_its_line_and_the_others_a
     examples, skipped = [example("裙", f"第{index}行", index) for index in range(5)], []
     examples[place] = replace(examples[place], turns=SYSTEM)
     found = written(examples, encoder, tmp_path / "rows", workers, skipped.append)
-    assert skipped == [
-        SkippedRow(Path("rows.jsonl"), place + 1, "max_source_length 64 does not hold the prompt's role tags")
-    ]
+    reason = "--max-source-length 64 does not hold the prompt's system text, tools, tool calls and role tags"
+    least = len(PromptFormat().encode([SYSTEM[0], Message("user", "")], encoder.tokenizer))
+    assert skipped == [SkippedRow(Path("rows.jsonl"), place + 1, reason, ("--max-source-length", least))]
     others = [each for each in examples if not each.turns]
     assert found["input_ids"][:] == [encoder(row(each.prompt, each.response))["input_ids"] for each in others]
 
 
-@pytest.mark.parametrize(("limits", "named"), [((3, 64), "max_source_length 3"), ((64, 1), "max_target_length 1")])
+@pytest.mark.parametrize(("limits", "named"), [((3, 64), "--max-source-length 3"), ((64, 1), "--max-target-length 1")])
 def test_limits_that_hold_no_plain_row_are_refused_before_any_is_read(limits, named, toy_tokenizer, tmp_path):
     with pytest.raises(UserError, match=f"{named} does not hold .* use at least"):
         encode_rows(unread(), RowEncoder(toy_tokenizer, PromptFormat(), *limits), tmp_path / "rows", print)

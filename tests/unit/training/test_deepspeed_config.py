@@ -87,6 +87,17 @@ def test_a_file_that_is_not_a_configuration_is_named(text, message, tmp_path):
         deepspeed_config.load_config(arguments(deepspeed=str(tmp_path / "ds.json")))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "gb18030"])
+def test_a_file_in_another_encoding_is_named_and_a_byte_order_mark_is_accepted(encoding, tmp_path):
+    text = json.dumps({"comment": "两张卡", "zero_optimization": {"stage": 2}}, ensure_ascii=False)
+    file = tmp_path / "ds.json"
+    file.write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match=r"ds.json is not valid JSON \(.*decode.*; fix it and save it as UTF-8, or use"):
+        deepspeed_config.read_config(str(file))
+    file.write_bytes(text.encode("utf-8-sig"))
+    assert deepspeed_config.zero_stage(deepspeed_config.read_config(str(file))) == 2
+
+
 def test_the_error_for_an_unknown_preset_lists_the_presets():
     with pytest.raises(UserError, match=r"zero4 is neither a file nor a preset; .*zero3-offload"):
         deepspeed_config.load_config(arguments(deepspeed="zero4"))

@@ -185,15 +185,33 @@ def test_a_row_whose_system_text_exceeds_the_limit_is_skipped_and_logged_and_cou
     arguments = replace(arguments, columns=Columns(conversations="talk"), max_skipped=1)
     assert len(encode_lines(arguments, lines, toy_tokenizer)) == 2
     line = lines.index(TOO_LONG) + 1
-    assert f"skipped rows.jsonl:{line}: max_source_length 64 does not hold the prompt's role tags" in caplog.text
+    assert f"skipped rows.jsonl:{line}: --max-source-length 64 does not hold the prompt's system text" in caplog.text
     assert f"{arguments.train_file}: 2 rows used, 1 skipped" in caplog.text
-    with pytest.raises(UserError, match=rf"rows.jsonl:{line}: max_source_length 64 .*; 1 row cannot be used"):
+    with pytest.raises(UserError, match=rf"rows.jsonl:{line}: --max-source-length 64 .*; 1 row cannot be used"):
         encode_lines(replace(arguments, max_skipped=0), lines, toy_tokenizer)
+
+
+def talk(system):
+    return {"talk": [{"role": "system", "content": system}, *TALK["talk"]]}
+
+
+def test_the_error_names_the_limit_that_holds_all_rows_that_are_too_long(arguments, toy_tokenizer):
+    arguments = replace(arguments, columns=Columns(conversations="talk"))
+    lines = [talk("规" * 100), talk("规" * 300), talk("规" * 200), TALK]
+    with pytest.raises(UserError) as caught:
+        encode_lines(arguments, lines, toy_tokenizer)
+    longest = [{"role": "system", "content": "规" * 300}, {"role": "user", "content": ""}]
+    least = len(PromptFormat().encode(longest, toy_tokenizer))
+    assert caught.value.remedy == f"set --max-source-length {least}, or allow them with --max-skipped 3"
+    assert len(encode_lines(arguments, lines, toy_tokenizer, length=least)) == 4
+    with pytest.raises(UserError) as caught:
+        encode_lines(arguments, [{"talk": []}, *lines], toy_tokenizer)
+    assert caught.value.remedy == f"fix them and set --max-source-length {least}, or allow them with --max-skipped 4"
 
 
 def test_a_file_whose_rows_are_all_too_long_is_rejected(arguments, toy_tokenizer):
     arguments = replace(arguments, columns=Columns(conversations="talk"))
-    with pytest.raises(UserError, match="no usable row: 2 max_source_length 64 does not hold"):
+    with pytest.raises(UserError, match=r"no usable row: 2 --max-source-length 64 .*; set --max-source-length \d+"):
         encode_lines(arguments, [TOO_LONG, TOO_LONG], toy_tokenizer)
     assert all(folder.endswith(".partial") for folder in cached(arguments.output_dir))
 

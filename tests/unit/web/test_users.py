@@ -15,6 +15,7 @@ from entrypoints.web.users import (
     hash_password,
     put_user,
     read_users,
+    remove_user,
     verify_password,
 )
 
@@ -65,6 +66,15 @@ def test_a_new_file_is_readable_by_its_owner_only_and_an_old_mode_stays(tmp_path
     file.chmod(0o640)
     put_user(file, PageUser("ben", FAST))
     assert file.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_comment_with_any_character_stays_one_line(tmp_path):
+    file = tmp_path / "users"
+    file.write_text(f"# 销售部\u2028from\x0cMay\n\nanna {FAST}", encoding="utf-8")
+    put_user(file, PageUser("ben", FAST))
+    assert file.read_text(encoding="utf-8") == f"# 销售部\u2028from\x0cMay\n\nanna {FAST}\nben {FAST}\n"
+    assert remove_user(file, "anna")
+    assert [user.name for user in read_users(file)] == ["ben"]
 
 
 @pytest.mark.parametrize("line", ["anna", "anna geheimnis", "anna scrypt$1$1", f"a b {FAST}"])

@@ -184,8 +184,9 @@ def test_top_k_of_one_is_greedy_at_any_temperature(llama, prompts):
     assert ids(llama, prompts[0], Sampling(max_new_tokens=24, temperature=2.0, top_k=1)) == ids(llama, prompts[0])
 
 
-def test_a_small_top_p_is_greedy_at_any_temperature(llama, prompts):
-    assert ids(llama, prompts[0], Sampling(max_new_tokens=24, temperature=2.0, top_p=1e-6)) == ids(llama, prompts[0])
+@pytest.mark.parametrize("top_p", [0, 1e-6])
+def test_a_small_top_p_is_greedy_at_any_temperature(top_p, llama, prompts):
+    assert ids(llama, prompts[0], Sampling(max_new_tokens=24, temperature=2.0, top_p=top_p)) == ids(llama, prompts[0])
 
 
 @pytest.mark.parametrize("temperature", [0, 1.5])

@@ -58,7 +58,7 @@ def test_answers_without_a_seed_differ(toy_engine):
 
 
 @pytest.mark.parametrize("seed", [None, 1])
-@pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-6}], ids=str)
+@pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0}], ids=str)
 def test_one_candidate_is_the_greedy_answer_at_any_temperature(limit, seed, toy_engine):
     """top_k and top_p apply to sampling with and without a seed."""
     assert answer(toy_engine, temperature=2, seed=seed, **limit) == answer(toy_engine, temperature=0)

@@ -54,6 +54,12 @@ def test_bytes_of_a_character_come_one_by_one():
         assert states.advance(states.start(), f'"{chr(code)}"'.encode()).accepts
 
 
+def test_a_line_separator_in_a_value_is_not_the_end_of_a_rule():
+    states = GrammarStates(json_grammar({"enum": ["a\u2028b", "c\u0085d"]}))
+    assert states.advance(states.start(), '"a\u2028b"'.encode()).accepts
+    assert states.advance(states.start(), '"c\u0085d"'.encode()).accepts
+
+
 def test_a_long_answer_needs_bounded_memory_and_time_per_token():
     """Every level of a nested array is a new state."""
     states = GrammarStates(json_grammar({"type": "array"}))
