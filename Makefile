@@ -65,9 +65,12 @@ NEEDS_train := MODEL TRAIN_FILE
 NEEDS_export := CKPT
 $(foreach goal,$(MAKECMDGOALS),$(foreach name,$(NEEDS_$(goal)),$(if $($(name)),,\
   $(error $(name) is not set: make $(goal) $(NEEDS_$(goal):%=%=...)))))
+# make divides values at blanks, so such a path would arrive as several
+$(foreach goal,$(MAKECMDGOALS),$(if $(NEEDS_$(goal)),$(foreach name,MODEL TRAIN_FILE TEST_FILE CKPT BACKUP OUTPUT,\
+  $(if $(word 2,$($(name))),$(error $(name) has a blank, which make cannot pass on: rename $($(name)), or use the glm command)))))
 LOCAL := $(filter local,$(WITH))
 # a local folder or file becomes a mount and a name in the container
-COMPOSE_ENV = $(if $(wildcard $(MODEL)/config.json),FOLDERS_DIR=$(abspath $(dir $(abspath $(MODEL)))) MODEL=$(notdir $(abspath $(MODEL))),$(if $(MODEL),MODEL=$(MODEL))) \
+COMPOSE_ENV = $(if $(wildcard $(MODEL)/config.json $(MODEL)/adapter_config.json),FOLDERS_DIR=$(abspath $(dir $(abspath $(MODEL)))) MODEL=$(notdir $(abspath $(MODEL))),$(if $(MODEL),MODEL=$(MODEL))) \
   $(if $(NUM_GPUS),NUM_GPUS=$(NUM_GPUS)) RUN=$(RUN)
 
 up: ## Start the API and the web pages in containers, on CPUs by default: make up [PROFILES="gpu monitoring"]

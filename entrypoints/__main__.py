@@ -16,7 +16,7 @@ from entrypoints.hardware.resources import limit_garbage_collection, limit_openm
 from entrypoints.settings import LOG_FORMATS, LOG_LEVELS, Settings
 
 COMMANDS = {
-    "download": "download a ChatGLM3 checkpoint from a hub or a mirror",
+    "download": "download a checkpoint from a hub or a mirror",
     "convert": "convert between the original layout and the one that plain transformers loads",
     "prepare": "fill a model store once: download, convert, quantize, or create the demo model",
     "verify": "check every file of a checkpoint against its manifest",
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     SIGTERM ends the process with 143; `glm serve` and `glm web` complete their requests and end with 0.
 
-    Raises UserError: only with --debug. Any other exception is a bug and is not caught.
+    Raises UserError, and OSError that names a file: only with --debug. Any other exception is a bug and is not caught.
     """
     signal.signal(signal.SIGTERM, _exit_on_signal)
     for stream in (sys.stdout, sys.stderr):  # no UnicodeEncodeError in a C locale
@@ -57,17 +57,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [_normalize_flag(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:
         return _run(argv)
-    except UserError as error:
-        if "--debug" in argv:
+    except BrokenPipeError:  # the reader of our output closed the pipe, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (UserError, OSError) as error:
+        problem = _user_error(error)
+        if "--debug" in argv or not problem:
             raise
-        print(f"glm: {error}", file=sys.stderr)
+        print(f"glm: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("glm: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output closed the pipe, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _user_error(error: UserError | OSError) -> UserError | None:
+    """The error to print; None for an OSError that names no file, which is a bug."""
+    if isinstance(error, UserError):
+        return error
+    if not isinstance(error.filename, str):
+        return None
+    from entrypoints.checkpoint.atomic_files import access_error
+
+    return access_error(error)
 
 
 def _run(argv: list[str]) -> int:

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import math
+import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from entrypoints.errors import UserError
+from entrypoints.errors import UserError, read_remedy
 from entrypoints.sizes import format_size
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             yield partial
             replace_folder(target, partial)
         except OSError as error:
-            raise _write_error(target, error) from error
+            raise _write_error(target, partial, error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -151,7 +152,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
             yield partial
             partial.rename(target)
         except OSError as error:
-            raise _write_error(target, error) from error
+            raise _write_error(target, partial, error) from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -209,5 +210,31 @@ def _acquire(lock: FileLock, blocking: bool) -> None:
         logger.warning("the file system of %s has no locks; do not run two processes on it at once", lock.lock_file)
 
 
-def _write_error(target: Path, error: OSError) -> UserError:
+def access_error(error: OSError) -> UserError:
+    """What to report for an error that names a file: which file or folder this process may not use, and what helps."""
+    file, group = str(error.filename), os.getgid()
+    reason, user = f"({error.strerror})", f"user {os.getuid()}, group {group}"
+    if not isinstance(error, PermissionError):
+        return UserError(f"cannot use {file} {reason}", "check the path")
+    if folder := _closed_folder(Path(os.path.realpath(file))):
+        remedy = f"make {folder} accessible for {user}: chgrp {group} {folder} && chmod g+rx {folder}"
+        return UserError(f"cannot read {file} {reason}", remedy)
+    if not os.path.lexists(file) or os.access(file, os.R_OK, effective_ids=True):
+        return UserError(f"cannot write {file} {reason}", f"make it writable for {user}, or choose another path")
+    return UserError(f"cannot read {file} {reason}", read_remedy(error, file, ""))
+
+
+def _closed_folder(path: Path) -> Path | None:
+    """The folder that keeps this process from `path`, or `path` if it is a folder that cannot be read."""
+    for folder in reversed(path.parents):
+        if not os.access(folder, os.X_OK, effective_ids=True):
+            return folder
+    return path if path.is_dir() and not os.access(path, os.R_OK | os.X_OK, effective_ids=True) else None
+
+
+def _write_error(target: Path, partial: Path, error: OSError) -> UserError:
+    # an error of a rename names two files
+    is_elsewhere = error.filename and not error.filename2 and not Path(error.filename).is_relative_to(partial)
+    if isinstance(error, PermissionError) and is_elsewhere:
+        return access_error(error)
     return UserError(f"writing {target} failed: {error.strerror or error}", "free space or check the disk")

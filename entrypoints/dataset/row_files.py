@@ -47,23 +47,21 @@ def part_files(path: Path) -> list[Path]:
 
     Raises UserError: nothing there, or a folder that holds several splits or kinds of files, of which one is meant.
     """
-    if path.is_dir():
-        return _parts_of_folder(path)
-    if path.exists():
-        return [path]
-    if glob.has_magic(str(path)):
+    try:
+        if path.is_dir():
+            return _parts_of_folder(path)
+        if path.exists() or not glob.has_magic(str(path)):
+            path.stat()
+            return [path]
         names = glob.glob(str(path))  # noqa: PTH207  # a pattern may be absolute
         found = sorted((Path(name) for name in names if Path(name).is_file()), key=_natural_order)
-        if not found:
-            raise UserError(f"no file matches {path}", "check the pattern, and quote it in the shell")
-        return found
-    try:
-        path.stat()
     except FileNotFoundError:
         raise UserError(f"file not found: {path}", "check the path") from None
-    except OSError as error:
+    except OSError as error:  # also a folder without permission, at any of these calls
         raise UserError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
-    return [path]
+    if not found:
+        raise UserError(f"no file matches {path}", "check the pattern, and quote it in the shell")
+    return found
 
 
 def ignored_files(path: Path) -> list[Path]:

@@ -6,20 +6,20 @@ An interrupted download resumes; conversion and quantization start again.
 
 import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from entrypoints.checkpoint.adapters import PREFIX_FILE, is_adapter
-from entrypoints.checkpoint.atomic_files import atomic_folder, exclusive_lock, require_disk_space
+from entrypoints.checkpoint.atomic_files import access_error, atomic_folder, exclusive_lock, require_disk_space
 from entrypoints.checkpoint.manifest import (
     MANIFEST_FILE,
     check_file_record,
     check_manifest,
     read_file_record,
     read_manifest,
+    record_path,
     sha256,
     weights_fingerprint,
     write_file_record,
@@ -29,6 +29,7 @@ from entrypoints.checkpoint.prompt_file import read_prompt_format
 from entrypoints.checkpoint.tensor_files import read_json
 from entrypoints.errors import UserError
 from entrypoints.families import family_named
+from entrypoints.hub.model_lookup import find_model, user_and_group
 from entrypoints.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def prepare_model(store: Path, model: str, options: PrepareOptions) -> Path:
     model: "demo", a hub's ORG/NAME, a folder in either layout, or the name of a folder below one of `look_in`.
     Raises UserError: the model is not found or damaged, or the store is not writable.
     """
-    name, folder = (DEMO, None) if model == DEMO else _find(model, [*options.look_in, store])
+    name, folder = (DEMO, None) if model == DEMO else find_model(model, [*options.look_in, store])
     target = store / name
     with _exclusive(store, name):
         if target.is_dir():
@@ -82,11 +83,13 @@ def prepare_model(store: Path, model: str, options: PrepareOptions) -> Path:
 def prepare_gguf(folder: Path, type_: str, quantize: Quantize) -> Path:
     """The GGUF file of a folder of the store, created if it is missing or the folder has changed since.
 
-    Its size and SHA-256 are written to a record beside it. Raises UserError: the file is damaged.
+    Its size and SHA-256 are written to a record beside it. An older file is served until its successor is complete, so
+    the disk holds both. Raises UserError: the file is damaged.
     """
     target = folder.with_name(f"{folder.name}-{type_}.gguf")
     made_from = sha256(folder / MANIFEST_FILE)
     with _exclusive(folder.parent, target.name):
+        fresh = target
         if target.is_file():
             known = read_file_record(target).get("made_from")
             if known is None:
@@ -96,53 +99,37 @@ def prepare_gguf(folder: Path, type_: str, quantize: Quantize) -> Path:
                 logger.info("%s exists and matches its SHA-256", target)
                 return target
             logger.info("%s was created from an earlier version of %s", target, folder)
-            target.unlink()
+            fresh = target.with_name(f".{target.name}")
+            fresh.unlink(missing_ok=True)  # left by a killed process
 
         def write_record(finished: Path) -> None:
-            write_file_record(target, finished, made_from)
+            write_file_record(fresh, finished, made_from)
 
         logger.info("quantizing %s", folder)
-        quantize(folder, target, type_, write_record)
+        quantize(folder, fresh, type_, write_record)
+        if fresh != target:  # the file first: with the older record beside it, the next run quantizes again
+            fresh.replace(target)
+            record_path(fresh).replace(record_path(target))
     return target
-
-
-def _find(model: str, look_in: Sequence[Path]) -> tuple[str, Path | None]:
-    """Name in the store and source folder, None for a hub's model. Raises UserError: it is neither."""
-    if Path(model).is_dir() and Path(model).resolve().name:
-        folder = Path(model).resolve()
-        return folder.name, folder
-    is_relative_name = not model.startswith("/") and not {".", ".."} & {*model.split("/")}
-    for folder in look_in:
-        try:
-            if is_relative_name and (folder / model).is_dir():
-                return model, (folder / model).resolve()
-        except PermissionError as error:
-            raise UserError(
-                f"{folder} cannot be read ({error.strerror})", f"make it readable for {_user_and_group()}"
-            ) from error
-    if is_relative_name and model.count("/") == 1:
-        from entrypoints.hub.download import canonical_name
-
-        canonical_name(model)  # raises UserError for an invalid name
-        return model, None
-    searched = "".join(f", nor is it in {folder}" for folder in look_in)
-    raise UserError(f"model {model!r} not found: it is not a folder{searched}", f"use {DEMO}, ORG/NAME, or a folder")
-
-
-def _user_and_group() -> str:
-    return f"user {os.getuid()} or group {os.getgid()}"
 
 
 @contextlib.contextmanager
 def _exclusive(store: Path, name: str) -> Iterator[None]:
-    """Wait for other processes that prepare the same model. Raises UserError: the store is not writable."""
+    """Wait for other processes that prepare the same model.
+
+    Raises UserError: the store is not writable, or a file of the model is not readable.
+    """
+    is_locked = False
     try:
         with exclusive_lock(store / f".{name.replace('/', '.')}.prepare.lock", f"is preparing {store / name}"):
+            is_locked = True
             yield
     except OSError as error:
+        if is_locked and isinstance(error, PermissionError) and error.filename:
+            raise access_error(error) from error
         raise UserError(
             f"cannot write in {store} ({error.strerror or error})",
-            f"it needs free space and must be writable for {_user_and_group()}",
+            f"it needs free space and must be writable for {user_and_group()}",
         ) from error
 
 

@@ -114,6 +114,32 @@ def test_a_missing_variable_of_a_target_is_reported_first(arguments, message):
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("goal", "name"),
+    [
+        ("train", "TRAIN_FILE"),
+        ("train", "MODEL"),
+        ("evaluate", "TEST_FILE"),
+        ("export", "CKPT"),
+        ("export", "MODEL"),
+        ("restore", "BACKUP"),
+        ("quantize", "OUTPUT"),
+    ],
+)
+@pytest.mark.parametrize("where", ["local", "compose"])
+def test_a_path_with_a_blank_is_reported_first(goal, name, where):
+    given = dict.fromkeys(("MODEL", "TRAIN_FILE", "TEST_FILE", "CKPT", "BACKUP"), "x") | {name: "my files/x"}
+    done = make(goal, f"WITH={where}", *(f"{each}={value}" for each, value in given.items()))
+    assert (done.returncode, done.stdout) == (2, "")
+    expected = f"{name} has a blank, which make cannot pass on: rename my files/x, or use the glm command"
+    assert expected in done.stderr
+
+
+def test_a_variable_that_a_target_does_not_use_may_have_a_blank():
+    """MODEL may be in the environment of a developer."""
+    assert make("--dry-run", "lint", "MODEL=Model T").returncode == 0
+
+
 def test_a_local_folder_and_a_local_file_become_a_mount_and_a_name(toy_native, tmp_path):
     rows = tmp_path / "rows.jsonl"
     done = make("--dry-run", "train", "WITH=compose", f"MODEL={toy_native}", f"TRAIN_FILE={rows}", "RUN=mine")
@@ -121,6 +147,14 @@ def test_a_local_folder_and_a_local_file_become_a_mount_and_a_name(toy_native, t
     assert f"DATA_DIR={tmp_path}/ TRAIN_FILE=rows.jsonl" in done.stdout
     assert "RUN=mine" in done.stdout
     assert "--profile train run --rm train" in done.stdout
+
+
+def test_a_local_lora_becomes_a_mount_and_a_name(tmp_path):
+    """A folder of PEFT has no config.json; `glm prepare` merges it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "adapter_config.json").write_text("{}")
+    done = make("--dry-run", "serve", "WITH=compose", f"MODEL={tmp_path}/mine")
+    assert f"FOLDERS_DIR={tmp_path} MODEL=mine" in done.stdout.replace("/ MODEL", " MODEL")
 
 
 def test_model_init_quantizes_to_the_requested_type():

@@ -12,7 +12,7 @@ from entrypoints.__main__ import parse_arguments
 
 # created by the user with the commands in k8s/README.md
 CREATED_BY_USER = {("Secret", name) for name in ("api-keys", "pages", "page-users", "hub", "tls")}
-SECRETS_AND_CLAIMS = CREATED_BY_USER | {("PersistentVolumeClaim", "mirror")}
+CREATED_FOR_COMPONENTS = CREATED_BY_USER | {("PersistentVolumeClaim", "mirror"), ("ConfigMap", "warm")}
 BROKEN = {
     "duplicate variable LOG_FORMAT": lambda api: api["env"].append({"name": "LOG_FORMAT", "value": "text"}),
     "duplicate port 8000": lambda api: api["ports"].append({"name": "more", "containerPort": 8000}),
@@ -49,7 +49,7 @@ def test_every_reference_of_an_overlay_is_in_it_or_is_a_secret_that_the_user_cre
 def test_every_reference_of_a_component_is_resolved_or_created_by_the_user(used):
     for name in USES:
         present = {(each["kind"], each["metadata"]["name"]) for each in used(name)}
-        assert references(used(name)) - present <= SECRETS_AND_CLAIMS, name
+        assert references(used(name)) - present <= CREATED_FOR_COMPONENTS, name
 
 
 def test_ports_of_services_and_policies_exist_in_the_selected_pods(every):
@@ -126,4 +126,4 @@ def test_every_command_parses(templates):
             assert "$(" not in f"{arguments(each)}", environment(each)
             parse_arguments(arguments(each))  # exits with 2 at an unknown flag
             commands.add(each["args"][0])
-    assert commands == {"prepare", "verify", "serve", "web", "train", "data", "evaluate"}
+    assert commands == {"prepare", "verify", "serve", "web", "train", "evaluate"}

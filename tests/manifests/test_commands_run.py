@@ -269,13 +269,20 @@ def wait_for(file: Path, machines: list[subprocess.Popen]) -> None:
         time.sleep(0.05)
 
 
-def test_a_missing_or_invalid_training_file_stops_a_run_before_it_starts(here):
-    """check-rows exits with 1, which fails the Job at once."""
-    args, variables = rendered("train-multi", "CronJob", "train", "check-rows")
-    for content in (None, '{"other": 1}\n'):
+def test_missing_or_invalid_rows_stop_a_run_before_it_starts_and_its_flags_say_how_they_are_read(here):
+    """check-run exits with 1, which fails the Job at once. It has the flags of the run, also those of a patch."""
+    args, variables = rendered("train-multi", "CronJob", "train", "check-run", MODEL="absent", RUN="first")
+    named = ["--prompt-column", "other", "--encoding", "gb18030"]
+    unread = '{"other": "衣服", "summary": "好看"}\n'
+    for content, flags, problem in (
+        (None, [], "train.jsonl"),
+        (unread, [], "train.jsonl"),
+        (unread, named, "absent"),  # the rows are read, and then the model is missed
+    ):
         if content:
-            (Path(here("/data")) / "train.jsonl").write_text(content)
-        command = [sys.executable, "-m", "entrypoints", *map(here, args)]
-        done = subprocess.run(command, env=clean(variables), capture_output=True, text=True, timeout=100)
+            (Path(here("/data")) / "train.jsonl").write_text(content, encoding="gb18030")
+        command = [sys.executable, "-m", "entrypoints", *map(here, [*args, *flags])]
+        variables = clean({name: here(value) for name, value in variables.items()})
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100)
         assert done.returncode == 1, done.stderr
-        assert done.stderr.splitlines()[-1].startswith("glm: ")
+        assert re.match(rf"glm: .*{problem}", done.stderr.splitlines()[-1]), done.stderr

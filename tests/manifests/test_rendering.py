@@ -53,7 +53,7 @@ def test_an_overlay_only_selects(overlay):
 def test_each_component_is_in_an_overlay_or_in_an_example():
     in_overlays = set().union(*(components_of(overlay) for overlay in NAMES))
     in_examples = {name for _, components in USES.values() for name in components}
-    assert len(COMPONENTS) == 58
+    assert len(COMPONENTS) == 59
     assert in_overlays | in_examples | set(PARTS) == set(COMPONENTS)
 
 
@@ -141,7 +141,7 @@ def test_all_bases_and_components_are_listed_in_both_readmes():
 def test_the_overlays_of_the_readme_upload_a_file_and_serve_a_run_in_the_namespace_of_the_run(readme):
     blocks = re.findall(r"```yaml\n(.*?)```", (K8S / readme).read_text(encoding="utf-8"), re.DOTALL)
     created = []
-    for overlay in map(yaml.safe_load, blocks):
+    for overlay in (each for each in map(yaml.safe_load, blocks) if "components" in each):
         assert overlay["namespace"] == one(objects("train-single"), "CronJob", "train")["metadata"]["namespace"]
         bases = [path for path in overlay.get("resources", ()) if path.startswith("../../base/")]
         components = [path.removeprefix("../../components/") for path in overlay["components"]]
@@ -177,6 +177,8 @@ SERVING = ["model-store", "serve"]
         (SERVING, ["no-keys", "vllm", "settings-model"], "list vllm before no-keys, ingress, gateway and usage"),
         (SERVING, ["ingress", "vllm", "settings-model"], "list vllm before no-keys, ingress, gateway and usage"),
         (SERVING, ["usage", "vllm", "settings-model"], "list vllm before no-keys, ingress, gateway and usage"),
+        (SERVING, ["prefix-cache", "vllm", "settings-model"], "omit prefix-cache with vllm"),
+        (SERVING, ["vllm", "prefix-cache", "settings-model"], "omit prefix-cache with vllm"),
         (SERVING, ["embeddings", "ingress", "settings-model"], "list ingress before embeddings"),
         (SERVING, ["embeddings", "gateway", "settings-model"], "list gateway before embeddings"),
         (SERVING, ["gpus/2", "vllm", "settings-model"], "list vllm before gpus/*"),

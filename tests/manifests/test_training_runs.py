@@ -54,7 +54,7 @@ def test_a_run_resumes_has_time_to_save_and_stops_at_once_at_a_user_error(overla
         rule["onExitCodes"]["containerName"]: rule["onExitCodes"]["values"]
         for rule in job["podFailurePolicy"]["rules"][1:]
     }
-    assert stops == {"check-rows": [1, 2], "check-run": [1, 2], "train": [2]}
+    assert stops == {"check-run": [1, 2], "train": [2]}
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ USES = {
     "no-surge": (SERVING, ["vllm", "no-surge", "settings-model", "gpu/memory"]),
     "pull-secret": ([], ["pull-secret"]),
     "storage-class": ([], ["storage-class"]),
+    "prefix-cache": (SERVING, ["quantize", "prefix-cache", "settings-model"]),
     "embeddings": (SERVING, ["quantize", "embeddings", "settings-model", "clients"]),
     "usage": (SERVING, ["vllm", "embeddings", "usage", "settings-model", "gpu/memory"]),
     "page-users": (["web-training"], ["settings-training", "page-users"]),

@@ -10,16 +10,15 @@ import threading
 from pathlib import Path
 
 import pytest
+from permissions import denied
 
-from entrypoints.checkpoint.gguf_reader import open_gguf
-from entrypoints.checkpoint.manifest import read_manifest, write_file_record, write_manifest
+from entrypoints.checkpoint.manifest import read_manifest
 from entrypoints.checkpoint.native import open_native
 from entrypoints.errors import UserError
 from entrypoints.hub import model_store
 from entrypoints.hub.download import KNOWN_MODELS
 from entrypoints.hub.model_store import PrepareOptions
 from entrypoints.hub.transfer import MAX_ATTEMPTS
-from entrypoints.quantization.gguf_writer import write_gguf
 from entrypoints.settings import Settings
 
 MODEL = "THUDM/chatglm3-6b"
@@ -49,13 +48,6 @@ def on_the_hub(huggingface, toy_original):
     huggingface.revisions[revision] = {file.name: file.read_bytes() for file in toy_original.iterdir()}
     huggingface.storage.revisions = huggingface.revisions
     return huggingface
-
-
-def prepare_q4_0(folder: Path) -> Path:
-    """Its q4_0 file. That `glm prepare` validates the file is tested in unit/jobs/test_prepare.py."""
-    return model_store.prepare_gguf(
-        folder, "q4_0", lambda folder, file, type_, finished: write_gguf(folder, file, type_, check=finished)
-    )
 
 
 def visible(folder: Path) -> list[str]:
@@ -121,19 +113,6 @@ def test_a_name_is_searched_in_the_given_folders(prepare, toy_native, tmp_path):
     assert prepare(MODEL, look_in) == tmp_path / "store" / MODEL
 
 
-def test_a_run_that_was_repeated_replaces_its_copy_and_the_gguf_file(prepare, toy_native, tmp_path):
-    run = shutil.copytree(toy_native, tmp_path / "mine")
-    folder = prepare(str(run))
-    file = prepare_q4_0(folder)
-    first = file.read_bytes()
-    (run / "prompt.json").write_text('{"template": "chatglm3", "source_prefix": "写广告："}', encoding="utf-8")
-    write_manifest(run, {"made_by": "glm train"})
-    assert prepare(str(run)) == folder
-    assert open_native(folder, verify=True).prompt_format.source_prefix == "写广告："
-    assert prepare_q4_0(folder).read_bytes() != first
-    assert open_gguf(file).prompt_format.source_prefix == "写广告："
-
-
 def test_a_model_of_the_store_needs_its_source_folder_no_longer(prepare, toy_native, tmp_path):
     shutil.copytree(toy_native, tmp_path / "runs" / "mine")
     folder = prepare("mine", [tmp_path / "runs"])
@@ -177,6 +156,38 @@ def test_a_model_that_is_not_found_is_reported_with_the_folders_searched(prepare
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("native", "config.json"),
+        ("native", "manifest.json"),
+        ("native", "model.safetensors"),
+        ("original", "config.json"),
+        ("original", "pytorch_model-00001-of-00002.bin"),
+    ],
+)
+def test_a_source_file_without_read_permission_is_named_with_the_command_that_helps(
+    name, layout, prepare, toy_native, toy_original, tmp_path
+):
+    """As root leaves it in a folder of models; the store is writable."""
+    folder = shutil.copytree({"native": toy_native, "original": toy_original}[layout], tmp_path / "mine")
+    file = folder / name
+    with denied(file), pytest.raises(UserError) as caught:
+        prepare(str(folder))
+    assert caught.value.problem == f"cannot read {file} (Permission denied)"
+    assert caught.value.remedy.endswith(f"chgrp {os.getgid()} {file} && chmod 640 {file}")
+    assert visible(tmp_path / "store") == []
+
+
+def test_a_store_that_this_process_may_not_enter_is_named(prepare, tmp_path):
+    (tmp_path / "store").mkdir()
+    with (
+        denied(tmp_path / "store"),
+        pytest.raises(UserError, match=r"cannot write in .*store .*must be writable for user"),
+    ):
+        prepare("demo")
+
+
 def test_a_damaged_checkpoint_is_rejected(prepare):
     weights = prepare("demo") / "model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -187,35 +198,6 @@ def test_a_damaged_checkpoint_is_rejected(prepare):
         match=r"model\.safetensors does not match its SHA-256; move .*demo elsewhere and run this",
     ):
         prepare("demo")
-
-
-def test_a_damaged_gguf_file_is_rejected(prepare):
-    file = prepare_q4_0(prepare("demo"))
-    assert file.name == "demo-q4_0.gguf"
-    assert prepare_q4_0(prepare("demo")) == file
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(UserError, match=r"demo-q4_0\.gguf does not match its SHA-256; copy it again, or move"):
-        prepare_q4_0(prepare("demo"))
-
-
-def test_a_gguf_file_without_a_record_is_rejected(prepare):
-    file = prepare_q4_0(prepare("demo"))
-    file.with_name(f"{file.name}.json").unlink()
-    with pytest.raises(UserError, match=r"demo-q4_0\.gguf\.json is missing"):
-        prepare_q4_0(prepare("demo"))
-
-
-def test_a_gguf_file_of_another_command_is_not_replaced(prepare):
-    """With an adapter, `glm quantize` records no checkpoint that alone would give the same file."""
-    folder = prepare("demo")
-    file = folder.with_name("demo-q4_0.gguf")
-    file.write_bytes(b"mine")
-    write_file_record(file, file)
-    with pytest.raises(UserError, match=r"demo-q4_0\.gguf was created by another command; move it elsewhere"):
-        prepare_q4_0(folder)
-    assert file.read_bytes() == b"mine"
 
 
 def test_an_adapter_that_does_not_name_its_base_is_rejected_with_the_command_that_merges_it(prepare, tmp_path):
@@ -234,13 +216,6 @@ def test_of_three_at_once_one_creates_the_model(prepare):
         thread.join(120)
     assert len(found) == 3
     assert len(prepare.created) == 1
-
-
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere; tests/compose tests it in a container")
-def test_a_store_that_is_not_writable_is_named(prepare, tmp_path):
-    (tmp_path / "store").mkdir(mode=0o500)
-    with pytest.raises(UserError, match="must be writable for user"):
-        prepare("demo")
 
 
 def test_a_store_that_is_a_file_is_named(prepare, tmp_path):
