@@ -124,7 +124,9 @@ def add_listen_flags(parser: Parser, port: int, secret: str) -> None:
 
 def add_gguf_flags(parser: Parser) -> None:
     """--threads, --warm, --prefix-cache and --prefix-cache-gb."""
-    parser.add_argument("--threads", type=int, help="threads that compute; default: one for each available CPU")
+    parser.add_argument(
+        "--threads", type=int, help="threads that compute the chat model; default: one for each available CPU"
+    )
     parser.add_argument(
         "--warm",
         type=Path,

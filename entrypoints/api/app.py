@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import anyio
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -17,7 +17,7 @@ from entrypoints.api import errors
 from entrypoints.api.admission import RequestRejected
 from entrypoints.api.auth import ANONYMOUS, ApiKey
 from entrypoints.api.embeddings import EmbeddingsRequest, embed
-from entrypoints.api.errors import ApiError, ErrorReply
+from entrypoints.api.errors import ApiError, ErrorReply, JSONResponse
 from entrypoints.api.generation import GenerationTask
 from entrypoints.api.middleware import STATUS_CLIENT_CLOSED_REQUEST, AllowedHostsMiddleware, RequestContextMiddleware
 from entrypoints.api.openai_schema import ChatRequest, CompletionRequest, TokenizeRequest

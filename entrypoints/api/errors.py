@@ -4,14 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import responses
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from entrypoints.engines.base import JsonSchemaError
 from entrypoints.errors import ModelError, UserError
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class JSONResponse(responses.JSONResponse):
+    """JSON that says it is UTF-8: PowerShell 5 takes it for ISO-8859-1 otherwise."""
+
+    media_type = "application/json; charset=utf-8"
 
 
 class ApiError(HTTPException):  # FastAPI lets only HTTPException pass while it reads a body

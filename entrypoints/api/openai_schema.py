@@ -17,6 +17,12 @@ MAX_PROMPT_TOKENS = 200_000  # above the context length of every model of the fa
 MAX_SCHEMA_DEPTH = 32  # the prompt contains tools as indented JSON, whose size grows with the square of the depth
 MAX_SCHEMA_CHARACTERS = 100_000  # of one schema, or of all tools together
 
+
+def _without_empty(stop: object) -> object:
+    """Clients with an empty form field send "" or [""], which stops nothing."""
+    return [one for one in stop if one != ""] if isinstance(stop, list) else stop or None
+
+
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Strict(), Field(ge=0, le=2**31 - 1)]
 # fail_fast: a list of all errors would take 1000 times the memory of the body
@@ -206,7 +212,10 @@ class GenerationRequest(RequestModel):
     presence_penalty: Number | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     seed: Integer | None = Field(None, ge=-(2**63), le=2**63 - 1)
     n: Integer | None = Field(None, ge=1, le=MAX_N)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: Annotated[
+        StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None,
+        BeforeValidator(_without_empty),
+    ] = None
     stream: Switch | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

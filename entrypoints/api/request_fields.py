@@ -25,6 +25,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "reasoning_effort": ("none",),
     "tfs_z": (1,),
+    "thinking": ({"type": "disabled"},),
     "typical_p": (1,),
     "verbosity": ("medium",),
     "xtc_probability": (0,),
@@ -33,7 +34,9 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 SWITCHES_ON = frozenset(
     {"add_generation_prompt", "do_sample", "skip_special_tokens", "spaces_between_special_tokens"}
 )  # fmt: skip
-LABELS = frozenset({"cache_prompt", "cache_salt", "priority", "prompt_cache_retention", "request_id"})
+LABELS = frozenset(
+    {"cache_prompt", "cache_salt", "drop_params", "priority", "prompt_cache_retention", "request_id"}
+)  # fmt: skip
 
 
 def _not_a_guess(value: object) -> object:
@@ -74,4 +77,6 @@ class RequestModel(BaseModel):
             return True
         if isinstance(value, bool):
             return value is (name in SWITCHES_ON)
+        if name == "chat_template_kwargs" and isinstance(value, dict):
+            return all(cls.has_no_effect(key, one, value) for key, one in value.items())
         return value in NEUTRAL_VALUES.get(name, ())

@@ -12,6 +12,7 @@ from entrypoints.chat_format.sampling import Sampling
 from entrypoints.engines.base import Engine
 from entrypoints.errors import UserError
 
+SYSTEM_ROLES = ("system", "developer")
 TEXT_START = ("[gMASK]", "<sop>")  # special tokens before a text without the chat format
 MAX_CHOICES = 64  # of one request: prompts times n
 IDS_PER_PIECE = 10_000
@@ -93,9 +94,14 @@ def _adapter(state: ServerState, model: str | None) -> str | None:
 def encode_messages(
     engine: Engine, adapter: str | None, messages: Sequence[ChatMessage], tools: Sequence[Tool]
 ) -> list[int]:
-    """Ids of the prompt of a conversation. Raises ApiError (400): it has no valid form, or is too long."""
+    """Ids of the prompt of a conversation. Raises ApiError (400): it has no valid form, or is too long.
+
+    A system message at the end, with which clients ask for a summary or the next speaker, is a question.
+    """
     prompt_format = engine.adapters[adapter] if adapter else engine.prompt_format
     try:
+        if messages and messages[-1].role in SYSTEM_ROLES:
+            messages = [*messages[:-1], messages[-1].model_copy(update={"role": "user"})]
         prompt_messages = to_prompt_messages(messages, tools)
         _check_minimum_length(engine, sum(len(message.content) for message in prompt_messages), "messages")
         return prompt_format.encode(prompt_messages, engine.tokenizer)

@@ -140,10 +140,12 @@ class PromptFormat:
     def encode(self, messages: Iterable[MessageLike], codec: TokenEncoder) -> list[int]:
         """Ids of a prompt that the model continues with its answer.
 
-        Raises UserError: the last turn is neither a user nor an observation turn, or the template lacks a role.
+        After an assistant turn it begins another one, as with `add_generation_prompt` of transformers; `round` cannot.
+        Raises UserError: the last turn is a system turn or there is none, or the template lacks a role.
         """
         turns = as_messages(messages)
-        if not turns or turns[-1].role not in ("user", "observation"):
+        answered = ("user", "observation") if self.template == "round" else ("user", "observation", "assistant")
+        if not turns or turns[-1].role not in answered:
             raise UserError("the conversation does not end with a question", "end it with a user or observation turn")
         return self._encode_prompt(turns, codec)[0]
 

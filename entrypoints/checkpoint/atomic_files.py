@@ -212,15 +212,18 @@ def _acquire(lock: FileLock, blocking: bool) -> None:
 
 def access_error(error: OSError) -> UserError:
     """What to report for an error that names a file: which file or folder this process may not use, and what helps."""
-    file, group = str(error.filename), os.getgid()
+    file, group = str(error.filename2 or error.filename), os.getgid()
     reason, user = f"({error.strerror})", f"user {os.getuid()}, group {group}"
     if not isinstance(error, PermissionError):
-        return UserError(f"cannot use {file} {reason}", "check the path")
+        remedy = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
+        return UserError(f"cannot use {file} {reason}", f"{remedy}; --debug shows where")
     if folder := _closed_folder(Path(os.path.realpath(file))):
         remedy = f"make {folder} accessible for {user}: chgrp {group} {folder} && chmod g+rx {folder}"
         return UserError(f"cannot read {file} {reason}", remedy)
     if not os.path.lexists(file) or os.access(file, os.R_OK, effective_ids=True):
-        return UserError(f"cannot write {file} {reason}", f"make it writable for {user}, or choose another path")
+        is_writable = os.path.lexists(file) and os.access(file, os.W_OK, effective_ids=True)
+        closed = file if os.path.lexists(file) and not is_writable else str(Path(file).parent)
+        return UserError(f"cannot write {file} {reason}", f"make {closed} writable for {user}, or choose another path")
     return UserError(f"cannot read {file} {reason}", read_remedy(error, file, ""))
 
 
@@ -234,7 +237,7 @@ def _closed_folder(path: Path) -> Path | None:
 
 def _write_error(target: Path, partial: Path, error: OSError) -> UserError:
     # an error of a rename names two files
-    is_elsewhere = error.filename and not error.filename2 and not Path(error.filename).is_relative_to(partial)
-    if isinstance(error, PermissionError) and is_elsewhere:
+    is_path = isinstance(error.filename, str) and not error.filename2
+    if isinstance(error, PermissionError) and is_path and not Path(error.filename).is_relative_to(partial):
         return access_error(error)
     return UserError(f"writing {target} failed: {error.strerror or error}", "free space or check the disk")

@@ -89,11 +89,12 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     candidates = [(models[0], adapter)] if len(models) == 1 else _with_bases(models)
     provenances = [_provenance(adapter or model) for model, adapter in candidates]
     shared = {name: value for one in reversed(provenances) for name, value in one.items()}  # a base model has none
-    evaluations = [
-        _check(candidate, {**shared, **own}, args, settings, all_rows)
-        for candidate, own in zip(candidates, provenances, strict=True)
-    ]
-    evaluations = _with_common_rows(evaluations)
+    evaluations = _with_common_rows(
+        [
+            _check(candidate, {**shared, **own}, args, settings, all_rows)
+            for candidate, own in zip(candidates, provenances, strict=True)
+        ]
+    )
     output: Path = args.output_dir
     predict.require_other_folder(output)
     predict.create_output_folder(output)

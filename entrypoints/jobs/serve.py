@@ -161,7 +161,7 @@ def _server_options(
         embeddings=embeddings,
         slots=slots,
         queue=args.queue,
-        cors_origins=tuple(args.cors_origin),
+        cors_origins=tuple(origin.rstrip("/") for origin in args.cors_origin),
         allowed_hosts=None if keys.required else (args.host, *args.allowed_host),
         max_body_bytes=args.max_body_bytes,
         log_prompts=args.log_prompts,

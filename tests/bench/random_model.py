@@ -62,6 +62,7 @@ def write(folder: Path, layers: int) -> None:
 
 
 def quantize(folder: Path, file: Path, type_: str) -> None:
+    """Run `glm quantize`, and print its seconds and its peak of anonymous memory."""
     start = time.monotonic()
     process = subprocess.Popen([*GLM, "quantize", str(folder), str(file), "--type", type_])
     most = 0
@@ -75,6 +76,7 @@ def quantize(folder: Path, file: Path, type_: str) -> None:
 
 
 def memory_of(pid: int, field: str = "RssAnon") -> int:
+    """Bytes of a field of /proc/PID/status; 0 if the process ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:  # it ended
@@ -83,5 +85,6 @@ def memory_of(pid: int, field: str = "RssAnon") -> int:
 
 
 def in_a_process(work: Callable, *args: object) -> object:
+    """What `work` returns in a new process, which has loaded nothing yet."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *args).result()

@@ -1,7 +1,6 @@
 """`--warm` and `--prefix-cache` have a place in the container of the API; read from the files, without Docker."""
 
 import re
-from pathlib import PurePosixPath
 
 import yaml
 from containers import REPOSITORY
@@ -32,10 +31,11 @@ def documented_flags() -> list[str]:
 def test_the_documented_flags_name_a_read_only_mount_and_a_writable_volume():
     api = mounts(SERVE["services"]["api"])
     args = parse_arguments(["serve", *documented_flags()])[1]
-    assert api[f"{PurePosixPath(args.warm).parent}"] == ("./entrypoints/demo", False)
+    assert api[f"{args.warm}"] == ("/dev/null", False)
     assert api[f"{args.prefix_cache}"] == ("prefixes", True)
     example = (REPOSITORY / ".env.example").read_text(encoding="utf-8")
     assert f"--warm {args.warm}" in example
+    assert "WARM_FILE=" in example
     assert f"--prefix-cache {args.prefix_cache}" in example
 
 

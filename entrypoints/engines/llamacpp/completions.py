@@ -44,7 +44,8 @@ class CompletionStreams:
                     yield token
         finally:
             completion.abandoned.set()
-            if request.get("id_slot", SELECTED_BY_LLAMACPP) != SELECTED_BY_LLAMACPP:
+            is_own_thread = completion.thread is threading.current_thread()  # the garbage collector runs anywhere
+            if request.get("id_slot", SELECTED_BY_LLAMACPP) != SELECTED_BY_LLAMACPP and not is_own_thread:
                 completion.thread.join()
 
     def close(self) -> None:

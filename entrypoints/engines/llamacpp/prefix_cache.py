@@ -15,6 +15,7 @@ import numpy as np
 
 from entrypoints.checkpoint.gguf_reader import GgufCheckpoint
 from entrypoints.checkpoint.manifest import read_file_record
+from entrypoints.engines.llamacpp.completions import CLOSED
 from entrypoints.engines.llamacpp.prefix_store import PrefixState, PrefixStore, common_prefix
 from entrypoints.engines.llamacpp.slot_files import SlotFiles
 from entrypoints.engines.options import EngineOptions
@@ -45,6 +46,7 @@ class PrefixCache:
         self._changed = threading.Condition()  # held to select a slot, never while llama.cpp works
         self._io = threading.Lock()  # held to use store and files
         self._uses = 0
+        self._is_closed = False
 
     @contextlib.contextmanager
     def slot_for(self, prompt: Sequence[int], owner: str, cancelled: threading.Event | None) -> Iterator[Slot | None]:
@@ -69,14 +71,19 @@ class PrefixCache:
     def save(self) -> None:
         """Write what the idle slots have computed."""
         with self._io:
-            for slot in self._slots:
-                if not slot.is_busy:  # one that is selected now waits in `_prepare`
-                    self._save(slot)
+            self._save_idle()
 
     def close(self) -> None:
-        """Write what is not written yet, and close the connection to llama.cpp."""
-        self.save()
-        self._files.close()
+        """Write what is not written yet, and close the connection to llama.cpp; later calls raise RuntimeError."""
+        with self._io:
+            self._save_idle()
+            self._is_closed = True
+            self._files.close()
+
+    def _save_idle(self) -> None:
+        for slot in self._slots:
+            if not slot.is_busy:  # one that is selected now waits in `_prepare`
+                self._save(slot)
 
     def _wait_for_slot(self, prompt: np.ndarray, owner: str, cancelled: threading.Event | None) -> Slot | None:
         with self._changed:
@@ -93,6 +100,8 @@ class PrefixCache:
         ids = np.asarray(prompt, np.int32)
         known = _known(slot, ids, owner)
         with self._io:
+            if self._is_closed:
+                raise RuntimeError(CLOSED)
             found = self._store.best(prompt, owner)
             is_better = found is not None and found[0] >= known + MIN_TOKENS
             if is_better or len(slot.tokens) - known >= MIN_TOKENS:  # they would be lost
@@ -101,6 +110,7 @@ class PrefixCache:
                 return
             if slot.owner != owner and slot.tokens:
                 self._files.erase(slot.number)
+                slot.tokens = []
 
     def _restore(self, slot: Slot, state: PrefixState) -> bool:
         if not self._store.use(state):
@@ -110,8 +120,7 @@ class PrefixCache:
         except RuntimeError as error:
             logger.warning("%s; its prompt is computed again", error)
             self._store.remove(state)
-            self._files.erase(slot.number)  # llama.cpp may not have reached it
-            slot.tokens = []
+            slot.owner, slot.tokens = None, state.tokens.tolist()  # llama.cpp may have read some of them
             return False
         return True
 

@@ -55,10 +55,9 @@ class PrefixStore:
         self.folder = folder / fingerprint[:32]
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._require_private()
+            with tempfile.TemporaryFile(dir=self.folder) as probe:  # it can be written
+                self._require_private(os.fstat(probe.fileno()).st_uid)
             self._remove_abandoned()
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass  # it can be written
             self._states = [state for record in self.folder.glob(f"*{RECORD_SUFFIX}") if (state := _read(record))]
             self._remove_oldest()
         except OSError as error:
@@ -66,12 +65,15 @@ class PrefixStore:
                 f"--prefix-cache {folder} cannot be used ({error})", "choose a folder that is writable"
             ) from error
 
-    def _require_private(self) -> None:
-        """Raise UserError if another user made the subfolder, who could read and replace what is in it."""
+    def _require_private(self, user: int) -> None:
+        """Raise UserError if another user made the subfolder, who could read and replace what is in it.
+
+        user: the owner of files that this process creates there, which is another one on some network file systems.
+        """
         status = self.folder.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != user:
             raise UserError(
-                f"--prefix-cache {self._all}: {self.folder.name} in it is not a folder of uid {os.geteuid()}",
+                f"--prefix-cache {self._all}: {self.folder.name} in it is not a folder of uid {user}",
                 "delete it, or choose a folder in which no other user can write",
             )
         self.folder.chmod(0o700)

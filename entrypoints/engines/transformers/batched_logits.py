@@ -8,39 +8,32 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingTemperatureLogitsWarper,
     ContinuousBatchingTopKLogitsWarper,
 )
-from transformers.generation.continuous_batching.requests import FutureRequestState
+
+Check = Callable[[torch.Tensor], None]
 
 
-def replace_processors(manager: ContinuousBatchingManager, on_invalid: Callable[[str], None] | None) -> None:
-    """Make top_k exact, and call `on_invalid` with the id of a request whose logits are NaN or infinite.
+def replace_processors(manager: ContinuousBatchingManager, check: Check | None) -> None:
+    """Make top_k exact, and call `check` with the logits (B, V) of each step.
 
-    on_invalid: None where the step is a CUDA graph, which can neither wait for the GPU nor has only valid rows.
+    check: None where the step is a CUDA graph, which cannot wait for the GPU and has arbitrary rows for padding.
     """
     for processor in manager.logit_processor.logits_processor:
         if isinstance(processor, ContinuousBatchingTopKLogitsWarper):
             processor.__class__ = _ExactTopK
-        elif isinstance(processor, ContinuousBatchingTemperatureLogitsWarper) and on_invalid:
-            processor.__class__ = _FiniteTemperature
-            processor.on_invalid = on_invalid  # type: ignore[attr-defined]  # of its new class
+        elif isinstance(processor, ContinuousBatchingTemperatureLogitsWarper) and check:
+            processor.__class__ = _CheckedTemperature
+            processor.check = check  # type: ignore[attr-defined]  # of its new class
 
 
-class _FiniteTemperature(ContinuousBatchingTemperatureLogitsWarper):
-    """Comes first. Sampling from NaN would end the loop, and with it all answers."""
+class _CheckedTemperature(ContinuousBatchingTemperatureLogitsWarper):
+    """Comes first, and checks the logits as the model computed them."""
 
-    on_invalid: Callable[[str], None]
-    request_ids: list[str]
-
-    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> torch.Tensor:
-        """Called before each step with the requests of its rows."""
-        self.request_ids = [request.state.request_id for request in requests_with_new_token]
-        return super().prepare_tensor_args(requests_with_new_token)
+    check: Check
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V), temperatures of the rows in the first B of `tensor_arg`; invalid rows become zeros."""
-        is_invalid = (torch.isnan(scores) | torch.isposinf(scores)).any(dim=-1)  # (B,)
-        for row in is_invalid.nonzero().flatten().tolist():
-            self.on_invalid(self.request_ids[row])
-        return super().__call__(scores.masked_fill(is_invalid.unsqueeze(-1), 0), tensor_arg)
+        """Logits (B, V), temperatures of the rows in the first B of `tensor_arg`."""
+        self.check(scores)
+        return super().__call__(scores, tensor_arg)
 
 
 class _ExactTopK(ContinuousBatchingTopKLogitsWarper):

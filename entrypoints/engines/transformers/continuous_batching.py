@@ -28,8 +28,9 @@ from entrypoints.engines.transformers.batching_memory import (
     page_count,
     require_slots,
 )
-from entrypoints.engines.transformers.logits_processors import invalid_logits
+from entrypoints.engines.transformers.logits_processors import check_finite_logits
 from entrypoints.engines.transformers.model import with_shared_weights
+from entrypoints.errors import ModelError
 from entrypoints.hardware.gpus import list_gpus
 from entrypoints.hardware.placement import Placement, weight_bytes
 
@@ -54,6 +55,7 @@ class ContinuousBatcher:
         self._manager = self._create_manager(context_length, slots)
         self._request_numbers = itertools.count()
         self._results: dict[str, queue.SimpleQueue[GenerationOutput | Exception]] = {}  # by request id
+        self.failure: ModelError | None = None  # why the loop ended, if the model is at fault
         self._closed = threading.Event()
         with torch.inference_mode():  # the loop's thread inherits this mode
             self._manager.start()
@@ -90,7 +92,8 @@ class ContinuousBatcher:
                 if isinstance(output, Exception):
                     raise output
                 if output.error:
-                    raise RuntimeError(f"continuous batching: {output.error}")
+                    error = RuntimeError(f"continuous batching: {output.error}")
+                    raise ModelError(*self.failure.args) if self.failure else error
                 finished = output.is_finished()
                 for id_ in output.generated_tokens[yielded:]:  # each output holds the answer from its start
                     if id_ in self._stop_ids:
@@ -138,8 +141,8 @@ class ContinuousBatcher:
                 auto_switch_to_flash=False,  # it would download a kernel from a hub where the package `kernels` is
             ),
         )
-        # with flash attention a step is a CUDA graph, whose rows beyond the requests are arbitrary
-        replace_processors(manager, None if self._flash_attention else self._fail_invalid)
+        # with flash attention a step is a CUDA graph
+        replace_processors(manager, None if self._flash_attention else self._check_finite)
         return manager
 
     def _dispatch_results(self) -> None:
@@ -154,9 +157,13 @@ class ContinuousBatcher:
                 self._fail_all(RuntimeError("the batching loop ended"))
                 self._closed.wait(POLL_SECONDS)
 
-    def _fail_invalid(self, request_id: str) -> None:
-        if results := self._results.get(request_id):
-            results.put(invalid_logits())
+    def _check_finite(self, logits: torch.Tensor) -> None:
+        """End the loop: NaN spreads to the keys of all running answers, and stays in pages that later ones share."""
+        try:
+            check_finite_logits(logits, logits)
+        except ModelError as error:
+            self.failure = error
+            raise
 
     def _fail_all(self, error: Exception) -> None:
         for results in list(self._results.values()):

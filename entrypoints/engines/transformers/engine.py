@@ -104,7 +104,9 @@ class TransformersEngine:
     @property
     def fatal_error(self) -> str | None:
         """Why the process must be restarted, if it must."""
-        return "the batching loop died" if self._batcher and self._batcher.is_dead else None
+        if not (self._batcher and self._batcher.is_dead):
+            return None
+        return str(self._batcher.failure or "the batching loop died")
 
     def generate(
         self,

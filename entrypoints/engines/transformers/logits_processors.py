@@ -14,15 +14,10 @@ from entrypoints.engines.base import Token
 from entrypoints.errors import ModelError
 
 
-def invalid_logits() -> ModelError:
-    """The error of NaN and infinity."""
-    return ModelError("the model computed NaN or infinite logits", "load it with --dtype float32 or bfloat16")
-
-
 def check_finite_logits(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Raise ModelError for NaN and infinity, from which sampling would still select some token."""
     if torch.isnan(logits).any() or torch.isposinf(logits).any():
-        raise invalid_logits()
+        raise ModelError("the model computed NaN or infinite logits", "load it with --dtype float32 or bfloat16")
     return logits
 
 

@@ -89,6 +89,8 @@ def test_an_unsupported_field_that_would_change_the_answer_is_rejected():
         {"min_p": 0, "best_of": 1, "modalities": ["text"], "reasoning_effort": "none", "function_call": "auto"},
         {"ignore_eos": False, "unknown_switch": False, "skip_special_tokens": True, "do_sample": True},
         {"request_id": "r-1", "prompt_cache_retention": "24h", "stream_options": {"include_obfuscation": True}},
+        {"drop_params": True, "thinking": {"type": "disabled"}},
+        {"enable_thinking": False, "chat_template_kwargs": {"enable_thinking": False, "thinking": False}},
         {"top_k": -1}, {"top_k": 0}, {"top_logprobs": 0}, {"max_tokens": 8.0, "temperature": 1},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": None, "strict": None}}},
     ],
@@ -106,6 +108,7 @@ def test_a_field_that_changes_nothing_passes(fields):
         ("max_tokens", True), ("max_tokens", "8"), ("temperature", "0.5"), ("n", True), ("stream", 1),
         ("stream", "true"), ("logprobs", "yes"), ("stream_options", {"continuous_usage_stats": True}),
         ("response_format", {"type": "json_object", "schema": {"type": "object"}}),
+        ("thinking", {"type": "enabled"}), ("chat_template_kwargs", {"enable_thinking": True}),
     ],
 )  # fmt: skip
 def test_a_field_that_would_change_the_answer_is_named(field, value):

@@ -31,6 +31,31 @@ def test_a_chat_completion_has_openais_format(app):
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
+def test_json_says_that_it_is_utf_8(app):
+    for body in (chat_body("say 你好"), {}):
+        assert send(app, "POST", CHAT, body).headers["content-type"] == "application/json; charset=utf-8"
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_message_at_the_end_is_a_question(app, engine, role):
+    """NextChat asks for its summary and AutoGen for the next speaker with one; Dify may send nothing else."""
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    for earlier in ([], history, [{"role": "system", "content": "s"}, *history]):
+        reply = send(app, "POST", CHAT, {"messages": [*earlier, {"role": role, "content": "say 好"}]})
+        assert reply.status == 200
+        expected = [*earlier, {"role": "user", "content": "say 好"}]
+        assert engine.prompts[-1] == engine.prompt_format.encode(expected, engine.tokenizer)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert send(app, "POST", CHAT, {"messages": [{"role": role, "content": "say 好"}], "tools": tools}).status == 200
+
+
+@pytest.mark.parametrize("stop", ["", [""], ["", "x"], None, []])
+def test_an_empty_stop_string_stops_nothing(app, stop):
+    assert (
+        send(app, "POST", CHAT, chat_body("say 你好", stop=stop)).json()["choices"][0]["message"]["content"] == "你好"
+    )
+
+
 def test_usage_counts_prompt_and_completion_tokens(app, engine):
     usage = send(app, "POST", CHAT, chat_body("count 7", n=3)).json()["usage"]
     assert usage["completion_tokens"] == 21

@@ -130,11 +130,25 @@ def test_all_errors_of_a_turn_are_reported_at_once():
     assert [text for text in found if text not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize("messages", [[], [{"role": "system", "content": "a"}], [user("a"), assistant("b")]])
+@pytest.mark.parametrize("messages", [[], [{"role": "system", "content": "a"}]])
 @pytest.mark.parametrize("prompt_format", [FORMAT, ROUND])
 def test_a_conversation_that_does_not_end_with_a_question_is_rejected(messages, prompt_format, toy_tokenizer):
     with pytest.raises(UserError, match="does not end with a question"):
         prompt_format.encode(messages, toy_tokenizer)
+
+
+def test_after_an_answer_another_one_begins_except_in_rounds(toy_tokenizer):
+    """As with `add_generation_prompt` of transformers; CrewAI and AutoGen end conversations like this."""
+    question, answered = FORMAT.encode([user("a")], toy_tokenizer), [user("a"), assistant("b")]
+    tag = toy_tokenizer.special_token_id("<|assistant|>")
+    assert FORMAT.encode(answered, toy_tokenizer) == [
+        *question,
+        *toy_tokenizer.encode("\n"),
+        *toy_tokenizer.encode("b"),
+        tag,
+    ]
+    with pytest.raises(UserError, match="does not end with a question"):
+        ROUND.encode(answered, toy_tokenizer)
 
 
 def test_the_round_template_numbers_questions_from_one(toy_tokenizer):

@@ -65,13 +65,17 @@ def test_a_file_that_cannot_be_written_is_not_called_unreadable(exists, tmp_path
             file.chmod(0o444)
         error = error_of(lambda: file.write_text("x"))
     assert error.problem == f"cannot write {file} (Permission denied)"
-    assert error.remedy == f"make it writable for {USER}, or choose another path"
+    closed = file if exists else tmp_path
+    assert error.remedy == f"make {closed} writable for {USER}, or choose another path"
 
 
 def test_another_error_is_printed_with_its_reason():
     with pytest.raises(OSError, match="too long") as caught:
         Path("x" * 300).stat()
-    assert str(access_error(caught.value)) == f"cannot use {'x' * 300} (File name too long); check the path"
+    assert (
+        str(access_error(caught.value))
+        == f"cannot use {'x' * 300} (File name too long); check the path; --debug shows where"
+    )
 
 
 @pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from entrypoints import flags
+from entrypoints.__main__ import parse_arguments
+from entrypoints.api.auth import KeyRing
 from entrypoints.api.openai_schema import ChatRequest
 from entrypoints.api.warm_up import WarmPrompt, _warm_up
 from entrypoints.chat_session import load_chat
@@ -19,6 +21,7 @@ from entrypoints.checkpoint.gguf_reader import open_gguf
 from entrypoints.engines import loading
 from entrypoints.engines.llamacpp.server import _parameters
 from entrypoints.engines.options import EngineOptions
+from entrypoints.jobs.serve import _server_options
 
 JOBS = {"chat": ("chat", "--prompt", "你好", "--max-new-tokens", 2), "serve": ("serve", "--port", 0)}
 WITHOUT = """
@@ -193,6 +196,11 @@ def test_more_slots_than_llama_cpp_has_are_rejected_before_the_model_is_read(rec
     assert "--slots 257: llama.cpp has at most 256; use fewer" in line
     engine = loading.load_engine(recorded, EngineOptions(slots=256, context_length=256, threads=1))
     engine.close()
+
+
+def test_an_origin_is_compared_without_the_slash_that_an_address_bar_adds():
+    args = parse_arguments(["serve", "--cors-origin", "https://chat.example/", "--cors-origin", "*"])[1]
+    assert _server_options(args, "toy", None, KeyRing(), 1).cors_origins == ("https://chat.example", "*")
 
 
 def test_threads_are_those_of_the_flag(recorded, glm):

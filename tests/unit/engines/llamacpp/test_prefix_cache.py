@@ -279,7 +279,21 @@ def test_after_a_failed_restore_nothing_of_the_former_client_is_left_in_the_slot
         raise RuntimeError("the connection was lost")  # llama.cpp has not emptied the slot
 
     monkeypatch.setattr(SlotFiles, "restore", fails)
+    with monkeypatch.context() as no_connection:
+        no_connection.setattr(SlotFiles, "erase", fails)
+        with pytest.raises(RuntimeError, match="the connection was lost"):
+            ask(engine, CONVERSATION, "bob")
+    assert ask(engine, CONVERSATION, "alice")[1] == 800
     assert ask(engine, CONVERSATION, "bob")[1] == 800
+
+
+def test_a_closed_cache_is_not_read_and_loses_no_state(start, tmp_path):
+    engine = start(slots=1)
+    ask(engine, CONVERSATION, "alice")
+    engine._prefix_cache.close()
+    with pytest.raises(RuntimeError, match="the engine was closed"):
+        ask(engine, [id_ + 1 for id_ in CONVERSATION], "bob")
+    assert len(states(tmp_path / "cache")) == 1
 
 
 def test_more_calls_than_slots_all_get_their_own_answers(start, llama):
