@@ -20,7 +20,9 @@ MAX_SCHEMA_CHARACTERS = 100_000  # of one schema, or of all tools together
 
 def _without_empty(stop: object) -> object:
     """Clients with an empty form field send "" or [""], which stops nothing."""
-    return [one for one in stop if one != ""] if isinstance(stop, list) else stop or None
+    if isinstance(stop, list) and len(stop) <= MAX_STOP_STRINGS:
+        return [one for one in stop if one != ""]
+    return None if stop == "" else stop
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]

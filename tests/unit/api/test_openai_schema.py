@@ -64,7 +64,7 @@ def test_stop_is_one_string_or_a_list(stop, stops):
         ("temperature", -0.1), ("temperature", 2.1), ("temperature", math.nan), ("temperature", math.inf),
         ("temperature", "warm"), ("top_p", -0.1), ("top_p", 1.1), ("top_k", -2), ("max_tokens", 0), ("max_tokens", -1),
         ("max_completion_tokens", 0), ("n", 0), ("n", 9), ("seed", 2**64), ("seed", 0.5), ("frequency_penalty", 2.1),
-        ("presence_penalty", -2.1), ("repetition_penalty", 0), ("repetition_penalty", 1e-9), ("stop", ""),
+        ("presence_penalty", -2.1), ("repetition_penalty", 0), ("repetition_penalty", 1e-9), ("stop", 5),
         ("stop", ["a"] * 17), ("stop", "x" * 257), ("top_logprobs", 21), ("tool_choice", "maybe"), ("tools", {}),
         ("stream", "perhaps"), ("response_format", {"type": "xml"}), ("logit_bias", {"5": 1}), ("functions", [{}]),
     ],

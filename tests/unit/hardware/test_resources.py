@@ -103,22 +103,23 @@ def test_the_memory_limit_of_cgroup_v1_counts(cgroup):
     assert resources.available_memory() == 50
 
 
-# posix_memalign, as torch allocates on the CPU; without torch, whose import leaves threads and arenas behind
+# posix_memalign, as torch allocates on the CPU; without torch, whose import leaves threads and arenas behind. Before a
+# thread has freed eight blocks, glibc may keep what alignment cuts off behind each of them, so that they do not merge.
 ALLOCATIONS = """
 import ctypes, resource, threading
 from entrypoints.hardware.resources import retain_freed_memory
 libc = ctypes.CDLL(None)
 block, size = ctypes.c_void_p(), ctypes.c_size_t(96 << 20)
 def mebibytes_from_system():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
+    for number in range(12):
+        if number == 8:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         assert libc.posix_memalign(ctypes.byref(block), ctypes.c_size_t(64), size) == 0
         libc.memset(block, 1, size)
         libc.free(block)
     print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() >> 20)
 mebibytes_from_system()
 with retain_freed_memory():
-    mebibytes_from_system()
     mebibytes_from_system()
     thread = threading.Thread(target=mebibytes_from_system)
     thread.start()
@@ -132,10 +133,9 @@ def test_retained_memory_is_not_requested_from_the_system_again():
     """MiB that the kernel has to provide for four allocations of 96 MiB: for each, or once, in every thread."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("GLIBC_", "MALLOC_", "LD_"))}
     done = subprocess.run([sys.executable, "-c", ALLOCATIONS], capture_output=True, text=True, check=True, env=env)
-    before, first, second, thread, after = map(int, done.stdout.split())
+    before, main, thread, after = map(int, done.stdout.split())
     assert before > 360
-    assert first < 192
-    assert second < 96
+    assert main < 96
     assert thread < 96
     assert after > 360
 

@@ -163,7 +163,7 @@ def test_a_missing_model_flag_is_a_user_error(glm):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--temperature", -1), ("--temperature", "nan"), ("--top-p", 0), ("--top-k", 0), ("--max-new-tokens", 0),
+    [("--temperature", -1), ("--temperature", "nan"), ("--top-p", -0.1), ("--top-k", 0), ("--max-new-tokens", 0),
      ("--repetition-penalty", 0)],
     ids=str,
 )  # fmt: skip

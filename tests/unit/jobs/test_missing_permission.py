@@ -83,7 +83,10 @@ def test_a_source_that_is_converted_is_named_and_not_the_target(toy_original, tm
 
 def test_any_error_that_names_a_file_is_one_line_and_debug_shows_its_traceback(glm):
     words = ["verify", "x" * 300]
-    assert glm(*words).mistake() == f"glm: cannot use {'x' * 300} (File name too long); check the path"
+    assert (
+        glm(*words).mistake()
+        == f"glm: cannot use {'x' * 300} (File name too long); check the path; --debug shows where"
+    )
     with pytest.raises(OSError, match="too long"):
         glm(*words, "--debug")
 

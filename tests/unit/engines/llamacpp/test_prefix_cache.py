@@ -275,7 +275,7 @@ def test_after_a_failed_restore_nothing_of_the_former_client_is_left_in_the_slot
     for owner in ("bob", "alice"):
         ask(engine, CONVERSATION, owner)
 
-    def fails(files, slot, name):
+    def fails(files, slot, name=None):
         raise RuntimeError("the connection was lost")  # llama.cpp has not emptied the slot
 
     monkeypatch.setattr(SlotFiles, "restore", fails)
