@@ -130,7 +130,7 @@ mebibytes_from_system()
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is a function of glibc")
 def test_retained_memory_is_not_requested_from_the_system_again():
-    """MiB that the kernel has to provide for four allocations of 96 MiB: for each, or once, in every thread."""
+    """MiB that the kernel has to provide for four allocations of 96 MiB: all of it, or nothing, in every thread."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("GLIBC_", "MALLOC_", "LD_"))}
     done = subprocess.run([sys.executable, "-c", ALLOCATIONS], capture_output=True, text=True, check=True, env=env)
     before, main, thread, after = map(int, done.stdout.split())
