@@ -41,6 +41,7 @@ def tool_call_grammar(tools: Mapping[str, Mapping[str, Any] | None], family: Fam
     calls = _Rules(_json_text if is_json else repr)
     for name, parameters in tools.items():
         schema = dict(parameters or {})
+        calls.start_tool(schema)
         if is_json:
             calls.add("call", rf'"{name}\n" {calls.json_object(schema)}')
         else:
@@ -58,6 +59,12 @@ class _Rules:
         self._write = write  # a value as the model writes it
         self.rules: dict[str, str] = {}
         self._names: dict[str, str] = {}
+        self._root: dict[str, Any] = {}  # the schema of the tool
+        self._references: dict[str, str] = {}  # rules of its definitions by their paths
+
+    def start_tool(self, schema: dict[str, Any]) -> None:
+        """Resolve references in this schema from now on."""
+        self._root, self._references = schema, {}
 
     def add(self, prefix: str, body: str) -> str:
         """The name of a rule with this body."""
@@ -91,7 +98,7 @@ class _Rules:
         always: list[str] = []
         optional: list[str] = []
         for name, one in schema["properties"].items():
-            pair = self.add("pair", f"{_literal(write_name(name))} {self._value(one, schema, depth + 1)}")
+            pair = self.add("pair", f"{_literal(write_name(name))} {self._value(one, depth + 1)}")
             (always if name in required else optional).append(pair)
         if always:
             more = "".join(f' (", " {pair})?' for pair in optional)
@@ -102,30 +109,45 @@ class _Rules:
             rest = self.add("rest", f'(", " {pair})? {rest}'.strip())
         return f"({self.add('pairs', ' | '.join(reversed(starts)))})?"
 
-    def _value(self, schema: object, root: dict[str, Any], depth: int) -> str:
+    def _value(self, schema: object, depth: int) -> str:
         if not isinstance(schema, dict) or depth > MAX_DEPTH:
             return "value"
-        for keyword in ("const", "enum"):
-            if keyword in schema:
-                values = [schema["const"]] if keyword == "const" else schema["enum"]
-                if isinstance(values, list) and values:
-                    return self.add("enum", " | ".join(_literal(self._write(value)) for value in values))
+        if isinstance(schema.get("$ref"), str):
+            return self._referenced(schema["$ref"], depth)
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(values, list) and values:
+            return self.add("enum", " | ".join(_literal(self._write(value)) for value in values))
         for keyword in ("anyOf", "oneOf"):
             if isinstance(schema.get(keyword), list) and schema[keyword]:
-                return self._union([self._value(one, root, depth + 1) for one in schema[keyword]])
+                return self._union([self._value(one, depth + 1) for one in schema[keyword]])
         types = schema.get("type")
         if isinstance(types, list) and types:
-            return self._union([self._value({**schema, "type": one}, root, depth + 1) for one in types])
+            return self._union([self._value({**schema, "type": one}, depth + 1) for one in types])
         if types == "array":
-            item = self._value(schema.get("items"), root, depth + 1)
+            item = self._value(schema.get("items"), depth + 1)
             return self.add("list", f'"[" ({item} (", " {item})*)? "]"')
         if types == "object" and isinstance(schema.get("properties"), dict) and schema["properties"]:
             return self.add("dict", f'"{{" {self._pairs(schema, self._key, depth)} "}}"')
         return "dict" if types == "object" else TYPES.get(str(types), "value")
 
+    def _referenced(self, path: str, depth: int) -> str:
+        """The rule of a definition, as Pydantic writes it for an enum or a nested model; any value within itself."""
+        if path not in self._references:
+            self._references[path] = "value"  # while it is being resolved
+            self._references[path] = self._value(_definition(self._root, path), depth + 1)
+        return self._references[path]
+
     def _union(self, members: Sequence[str]) -> str:
         unique = list(dict.fromkeys(members))
         return unique[0] if len(unique) == 1 else self.add("union", " | ".join(unique))
+
+
+def _definition(root: Any, path: str) -> object:
+    """What a path such as `#/$defs/Color` refers to; None if there is nothing."""
+    for step in path.removeprefix("#").strip("/").split("/"):
+        name = step.replace("~1", "/").replace("~0", "~")
+        root = root.get(name) if isinstance(root, dict) else None
+    return root if path.startswith("#/") else None
 
 
 def _json_text(value: Any) -> str:

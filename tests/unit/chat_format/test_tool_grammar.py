@@ -85,6 +85,34 @@ def test_a_malformed_schema_allows_any_value(schema):
     assert matches(grammar, "f\n" + write_tool_call({name: [1] for name in names}))
 
 
+def test_a_definition_is_resolved_as_pydantic_writes_enums_and_nested_models():
+    schema = {
+        "properties": {"color": {"$ref": "#/$defs/Color"}, "size": {"$ref": "#/$defs/Size"}},
+        "required": ["color", "size"],
+        "$defs": {
+            "Color": {"enum": ["红", "蓝"], "type": "string"},
+            "Size": {"type": "object", "properties": {"unit": {"$ref": "#/$defs/Color"}}, "required": ["unit"]},
+        },
+    }
+    grammar = tool_call_grammar({"f": schema})
+    for color, unit, valid in (("红", "蓝", True), ("绿", "蓝", False), ("红", "绿", False), (1, "蓝", False)):
+        arguments = {"color": color, "size": {"unit": unit}}
+        assert matches(grammar, "f\n" + write_tool_call(arguments)) == valid
+
+
+def test_a_definition_that_refers_to_itself_allows_any_value_there():
+    node = {"type": "object", "properties": {name: {"$ref": "#/$defs/Node"} for name in "abcdefgh"}}
+    grammar = tool_call_grammar({"f": {"properties": {"root": {"$ref": "#/$defs/Node"}}, "$defs": {"Node": node}}})
+    assert matches(grammar, "f\n" + write_tool_call({"root": {"a": {"a": 1}}}))
+    assert len(grammar) < 3000
+
+
+@pytest.mark.parametrize("path", ["#/$defs/absent", "#/properties/a/type/x", "other.json#/a", "#", ""])
+def test_a_reference_that_leads_nowhere_allows_any_value(path):
+    grammar = tool_call_grammar({"f": {"properties": {"a": {"$ref": path}}, "required": ["a"]}})
+    assert matches(grammar, "f\n" + write_tool_call({"a": [1]}))
+
+
 def test_a_schema_that_refers_to_itself_ends():
     tree = {"type": "object", "properties": {}}
     tree["properties"]["child"] = tree
